@@ -1,0 +1,32 @@
+"""The errors that a user can cause. The CLI turns each into one line on stderr and exit code 1."""
+
+
+class MopeqError(Exception):
+    """Base of all expected failures.
+
+    The message is one line: the object, what was expected, what was found and what to do.
+    """
+
+
+class SourceError(MopeqError):
+    """A checkpoint or GGUF that cannot be read as a Mixture-of-Experts model."""
+
+
+class FormatError(MopeqError):
+    """A file that breaks its own format: GGUF, imatrix, safetensors or one of our artifacts."""
+
+
+class CalibrationError(MopeqError):
+    """Text or statistics that cannot serve to calibrate this model."""
+
+
+class PlanError(MopeqError):
+    """A budget or a choice of types that no plan can meet."""
+
+
+class OutputError(MopeqError):
+    """A place where the result cannot be written."""
+
+
+class RuntimeMissingError(MopeqError):
+    """llama.cpp libraries or tools that are not installed or do not work."""
