@@ -1,0 +1,1 @@
+"""ggml's types, and its quantizers through the library that llama.cpp builds."""

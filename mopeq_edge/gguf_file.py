@@ -1,0 +1,257 @@
+"""Read the header of a GGUF file: key-values, tensor infos, where the data starts.
+
+Every length, count and offset is checked against the file's size before it is used. Tensor data is
+not touched. Format: version 3 (and 2) little-endian, as ``ggml/docs/gguf.md`` describes.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mopeq_edge.errors import FormatError
+from mopeq_edge.ggml.types import BY_ID, GgmlType
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+DEFAULT_ALIGNMENT = 32
+MAX_NAME = 63
+"""Longest tensor name that llama.cpp loads, in bytes."""
+
+
+class ValueType(IntEnum):
+    """Types of a GGUF key-value."""
+
+    UINT8 = 0
+    INT8 = 1
+    UINT16 = 2
+    INT16 = 3
+    UINT32 = 4
+    INT32 = 5
+    FLOAT32 = 6
+    BOOL = 7
+    STRING = 8
+    ARRAY = 9
+    UINT64 = 10
+    INT64 = 11
+    FLOAT64 = 12
+
+
+SCALAR_FORMATS: Mapping[ValueType, str] = {
+    ValueType.UINT8: "B",
+    ValueType.INT8: "b",
+    ValueType.UINT16: "H",
+    ValueType.INT16: "h",
+    ValueType.UINT32: "I",
+    ValueType.INT32: "i",
+    ValueType.FLOAT32: "f",
+    ValueType.BOOL: "?",
+    ValueType.UINT64: "Q",
+    ValueType.INT64: "q",
+    ValueType.FLOAT64: "d",
+}
+
+
+@dataclass(frozen=True)
+class KV:
+    """One key's value; ``sub_type`` is the element type of an array."""
+
+    type: ValueType
+    value: Any
+    sub_type: ValueType | None = None
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a GGUF; ``shape`` is ggml's ``ne``: [n_in, n_out, n_expert]."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: GgmlType
+    offset: int
+    """From the start of the tensor data, in bytes."""
+
+    @property
+    def n_weights(self) -> int:
+        n = 1
+        for dim in self.shape:
+            n *= dim
+        return n
+
+    @property
+    def nbytes(self) -> int:
+        return self.type.nbytes(self.n_weights)
+
+
+@dataclass(frozen=True)
+class GGUFHeader:
+    """All of a GGUF file but the tensor data."""
+
+    path: Path
+    version: int
+    kvs: dict[str, KV]
+    tensors: tuple[TensorInfo, ...]
+    alignment: int
+    data_start: int
+    """Where the tensor data begins, in bytes from the start of the file."""
+    file_size: int
+
+    def get(self, key: str) -> Any:
+        """The value under ``key``, or None."""
+        kv = self.kvs.get(key)
+        return None if kv is None else kv.value
+
+
+class _Cursor:
+    """Reads values from the header and never past the end of the file."""
+
+    def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
+        self.file, self.path, self.size, self.at = file, path, size, 0
+
+    def take(self, n: int, what: str) -> bytes:
+        if n > self.size - self.at:
+            raise FormatError(
+                f"{self.path}: truncated GGUF: {what} needs {n} bytes at offset {self.at}, "
+                f"but the file ends at {self.size}; download or convert it again"
+            )
+        data = self.file.read(n)
+        if len(data) != n:
+            raise FormatError(f"{self.path}: truncated GGUF: the file shrank while it was read")
+        self.at += n
+        return data
+
+    def unpack(self, fmt: str, what: str) -> Any:
+        return struct.unpack("<" + fmt, self.take(struct.calcsize("<" + fmt), what))[0]
+
+    def count(self, what: str, smallest: int) -> int:
+        """A count of items that take at least ``smallest`` bytes each."""
+        n = int(self.unpack("Q", what))
+        if n * smallest > self.size - self.at:
+            raise FormatError(
+                f"{self.path}: broken GGUF: {what} is {n} at offset {self.at - 8}, "
+                f"more than the file's {self.size} bytes can hold"
+            )
+        return n
+
+    def string(self, what: str) -> str:
+        raw = self.take(self.count(f"length of {what}", 1), what)
+        # llama.cpp does not ask for valid UTF-8 (token pieces are bytes); keep every byte
+        return raw.decode("utf-8", "surrogateescape")
+
+    def value_type(self, what: str) -> ValueType:
+        number = self.unpack("I", f"type of {what}")
+        try:
+            return ValueType(number)
+        except ValueError:
+            raise FormatError(f"{self.path}: broken GGUF: {what} has unknown value type {number}") from None
+
+    def value(self, key: str) -> KV:
+        kind = self.value_type(f"key '{key}'")
+        if kind is ValueType.STRING:
+            return KV(kind, self.string(f"value of '{key}'"))
+        if kind is not ValueType.ARRAY:
+            return KV(kind, self.unpack(SCALAR_FORMATS[kind], f"value of '{key}'"))
+        sub = self.value_type(f"elements of '{key}'")
+        if sub is ValueType.ARRAY:
+            raise FormatError(
+                f"{self.path}: key '{key}' is an array of arrays, which llama.cpp does not load"
+            )
+        if sub is ValueType.STRING:
+            n = self.count(f"length of '{key}'", 8)
+            return KV(kind, [self.string(f"element of '{key}'") for _ in range(n)], sub)
+        fmt = SCALAR_FORMATS[sub]
+        width = struct.calcsize("<" + fmt)
+        n = self.count(f"length of '{key}'", width)
+        return KV(kind, list(struct.unpack(f"<{n}{fmt}", self.take(n * width, f"values of '{key}'"))), sub)
+
+
+def _read_tensor(cursor: _Cursor) -> TensorInfo:
+    name = cursor.string("tensor name")
+    if len(name.encode("utf-8", "surrogateescape")) > MAX_NAME:
+        raise FormatError(f"{cursor.path}: tensor name '{name[:80]}' is longer than {MAX_NAME} bytes")
+    n_dims = cursor.unpack("I", f"dimensions of tensor '{name}'")
+    if not 1 <= n_dims <= 4:
+        raise FormatError(f"{cursor.path}: tensor '{name}' has {n_dims} dimensions, expected 1 to 4")
+    shape = tuple(int(cursor.unpack("Q", f"shape of tensor '{name}'")) for _ in range(n_dims))
+    type_id = cursor.unpack("I", f"type of tensor '{name}'")
+    if type_id not in BY_ID:
+        raise FormatError(
+            f"{cursor.path}: tensor '{name}' has unknown type {type_id}; a newer llama.cpp made it?"
+        )
+    kind = BY_ID[type_id]
+    if 0 in shape or not kind.fits(shape[0]):
+        raise FormatError(
+            f"{cursor.path}: tensor '{name}' of shape {list(shape)} cannot have type {kind.name} "
+            f"(rows must be whole blocks of {kind.block_size})"
+        )
+    return TensorInfo(name, shape, kind, int(cursor.unpack("Q", f"offset of tensor '{name}'")))
+
+
+def read_header(path: Path) -> GGUFHeader:
+    """Read and check the header of ``path``.
+
+    Raises :class:`FormatError` if it is no GGUF, is truncated or contradicts itself.
+    """
+    try:
+        size = path.stat().st_size
+        file = path.open("rb")
+    except OSError as error:
+        raise FormatError(
+            f"{path}: cannot be read ({error.strerror}); give the path of a GGUF file"
+        ) from None
+    with file:
+        cursor = _Cursor(file, path, size)
+        if size < 4 or cursor.take(4, "magic") != MAGIC:
+            raise FormatError(f"{path}: not a GGUF file (it does not start with 'GGUF')")
+        version = cursor.unpack("I", "version")
+        if version not in VERSIONS:
+            raise FormatError(
+                f"{path}: GGUF version {version}, expected 2 or 3 (little-endian); convert it again"
+            )
+        n_tensors = cursor.count("tensor count", 24)
+        n_kvs = cursor.count("key-value count", 12)
+        kvs: dict[str, KV] = {}
+        for _ in range(n_kvs):
+            key = cursor.string("key")
+            if key in kvs:
+                raise FormatError(f"{path}: key '{key}' appears twice")
+            kvs[key] = cursor.value(key)
+        tensors = tuple(_read_tensor(cursor) for _ in range(n_tensors))
+        header_end = cursor.at
+    alignment = kvs["general.alignment"].value if "general.alignment" in kvs else DEFAULT_ALIGNMENT
+    if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
+        raise FormatError(f"{path}: general.alignment is {alignment!r}, expected a power of two")
+    header = GGUFHeader(path, version, kvs, tensors, alignment, pad(header_end, alignment), size)
+    _check_extents(header)
+    return header
+
+
+def _check_extents(header: GGUFHeader) -> None:
+    """Names are unique; tensors lie in the file, aligned, one after the other."""
+    names: set[str] = set()
+    expected = 0
+    for tensor in header.tensors:
+        if tensor.name in names:
+            raise FormatError(f"{header.path}: tensor '{tensor.name}' appears twice")
+        names.add(tensor.name)
+        if tensor.offset != expected:
+            raise FormatError(
+                f"{header.path}: tensor '{tensor.name}' has offset {tensor.offset}, expected {expected} "
+                f"(right after the tensor before it, aligned to {header.alignment})"
+            )
+        end = header.data_start + tensor.offset + tensor.nbytes
+        if end > header.file_size:
+            raise FormatError(
+                f"{header.path}: truncated GGUF: tensor '{tensor.name}' ends at byte {end}, "
+                f"but the file has {header.file_size}; download or convert it again"
+            )
+        expected = pad(tensor.offset + tensor.nbytes, header.alignment)
+
+
+def pad(n: int, alignment: int) -> int:
+    """``n`` rounded up to a multiple of ``alignment``."""
+    return -(-n // alignment) * alignment

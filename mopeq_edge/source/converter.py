@@ -1,0 +1,59 @@
+"""The contract between the core and a converter: how a checkpoint's tensors become GGUF tensors.
+
+A converter is data and two functions. It lives in the package ``converters``, which this package never
+imports; the CLI and the pipeline hand the right one in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mopeq_edge.gguf_file import KV
+from mopeq_edge.source.model import SourceTensor
+
+Config = Mapping[str, Any]
+"""A checkpoint's ``config.json``."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where one matrix comes from in the checkpoint: a tensor, or a piece of one.
+
+    ``expert`` picks along the first axis of a packed tensor [n_expert, …]; ``rows`` then picks along the
+    first axis of what is left (the gate half of a packed gate_up).
+    """
+
+    tensor: str
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One GGUF tensor and its parts: one a matrix (experts in router order), or a single one.
+
+    ``shape`` is ggml's ``ne``. ``keep_f32`` is set for what llama.cpp wants in F32 (norms, routers).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+    keep_f32: bool = False
+
+
+@dataclass(frozen=True)
+class Converter:
+    """How one family of checkpoints becomes a GGUF.
+
+    ``recipes(config, shapes)`` gets the checkpoint's tensor shapes by name and returns the recipes in
+    writing order; it raises :class:`SourceError` for a tensor that is missing or not known.
+    ``key_values(directory, config, tensors, file_type, pre)`` returns the key-values in writing order;
+    ``file_type`` is llama.cpp's ``general.file_type``, ``pre`` overrides the pre-tokenizer's name.
+    """
+
+    architecture: str
+    recipes: Callable[[Config, Mapping[str, tuple[int, ...]]], list[Recipe]]
+    key_values: Callable[[Path, Config, Sequence[SourceTensor], int, str | None], dict[str, KV]]
