@@ -60,8 +60,6 @@ def check_output(path: Path, inputs: Iterable[Path], *, force: bool) -> None:
         raise OutputError(f"{path}: is a directory; give the name of the file to write")
     for source in inputs:
         if path.exists() and source.exists() and os.path.samefile(path, source):
-            raise OutputError(
-                f"{path}: is the input {source} (the same file); choose another name for the output"
-            )
+            raise OutputError(f"{path}: is the input {source} (the same file); choose another name for the output")
     if path.exists() and not force:
         raise OutputError(f"{path}: exists already; choose another name or give --force to replace it")

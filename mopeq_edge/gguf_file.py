@@ -157,9 +157,7 @@ class _Cursor:
             return KV(kind, self.unpack(SCALAR_FORMATS[kind], f"value of '{key}'"))
         sub = self.value_type(f"elements of '{key}'")
         if sub is ValueType.ARRAY:
-            raise FormatError(
-                f"{self.path}: key '{key}' is an array of arrays, which llama.cpp does not load"
-            )
+            raise FormatError(f"{self.path}: key '{key}' is an array of arrays, which llama.cpp does not load")
         if sub is ValueType.STRING:
             n = self.count(f"length of '{key}'", 8)
             return KV(kind, [self.string(f"element of '{key}'") for _ in range(n)], sub)
@@ -179,9 +177,7 @@ def _read_tensor(cursor: _Cursor) -> TensorInfo:
     shape = tuple(int(cursor.unpack("Q", f"shape of tensor '{name}'")) for _ in range(n_dims))
     type_id = cursor.unpack("I", f"type of tensor '{name}'")
     if type_id not in BY_ID:
-        raise FormatError(
-            f"{cursor.path}: tensor '{name}' has unknown type {type_id}; a newer llama.cpp made it?"
-        )
+        raise FormatError(f"{cursor.path}: tensor '{name}' has unknown type {type_id}; a newer llama.cpp made it?")
     kind = BY_ID[type_id]
     if 0 in shape or not kind.fits(shape[0]):
         raise FormatError(
@@ -200,18 +196,14 @@ def read_header(path: Path) -> GGUFHeader:
         size = path.stat().st_size
         file = path.open("rb")
     except OSError as error:
-        raise FormatError(
-            f"{path}: cannot be read ({error.strerror}); give the path of a GGUF file"
-        ) from None
+        raise FormatError(f"{path}: cannot be read ({error.strerror}); give the path of a GGUF file") from None
     with file:
         cursor = _Cursor(file, path, size)
         if size < 4 or cursor.take(4, "magic") != MAGIC:
             raise FormatError(f"{path}: not a GGUF file (it does not start with 'GGUF')")
         version = cursor.unpack("I", "version")
         if version not in VERSIONS:
-            raise FormatError(
-                f"{path}: GGUF version {version}, expected 2 or 3 (little-endian); convert it again"
-            )
+            raise FormatError(f"{path}: GGUF version {version}, expected 2 or 3 (little-endian); convert it again")
         n_tensors = cursor.count("tensor count", 24)
         n_kvs = cursor.count("key-value count", 12)
         kvs: dict[str, KV] = {}

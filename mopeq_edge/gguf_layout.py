@@ -98,9 +98,7 @@ def _encode_kv(key: str, kv: KV) -> bytes:
 
 def _encode_tensor(info: TensorInfo) -> bytes:
     if len(info.name.encode()) > MAX_NAME:
-        raise FormatError(
-            f"tensor name '{info.name}' is longer than {MAX_NAME} bytes, which llama.cpp refuses"
-        )
+        raise FormatError(f"tensor name '{info.name}' is longer than {MAX_NAME} bytes, which llama.cpp refuses")
     return (
         _encode_string(info.name)
         + struct.pack(f"<I{len(info.shape)}Q", len(info.shape), *info.shape)

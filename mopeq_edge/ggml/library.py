@@ -43,9 +43,7 @@ class Ggml:
         try:
             self._lib = ctypes.CDLL(path)
         except OSError as error:
-            raise RuntimeMissingError(
-                f"{path}: cannot be loaded ({error}); run: mopeq-edge runtime install"
-            ) from None
+            raise RuntimeMissingError(f"{path}: cannot be loaded ({error}); run: mopeq-edge runtime install") from None
         lib = self._lib
         lib.ggml_quantize_chunk.restype = ctypes.c_size_t
         lib.ggml_quantize_chunk.argtypes = [
@@ -78,9 +76,7 @@ class Ggml:
             if imatrix.shape != (n_in,):
                 raise ValueError(f"imatrix of shape {imatrix.shape} for rows of {n_in} weights")
             weights = imatrix.ctypes.data
-        written = self._lib.ggml_quantize_chunk(
-            to.id, rows.ctypes.data, out.ctypes.data, 0, n_rows, n_in, weights
-        )
+        written = self._lib.ggml_quantize_chunk(to.id, rows.ctypes.data, out.ctypes.data, 0, n_rows, n_in, weights)
         if written != out.nbytes:
             raise RuntimeError(f"{to.name}: libggml wrote {written} bytes, expected {out.nbytes}")
         return out

@@ -64,11 +64,7 @@ class SourceTensor:
     @property
     def quantizable(self) -> bool:
         """Whether llama.cpp would quantize it: matrices, but no norms, routers or biases."""
-        return (
-            len(self.shape) > 1
-            and self.name.endswith(".weight")
-            and self.role not in (Role.NORM, Role.ROUTER)
-        )
+        return len(self.shape) > 1 and self.name.endswith(".weight") and self.role not in (Role.NORM, Role.ROUTER)
 
 
 @dataclass(frozen=True)
