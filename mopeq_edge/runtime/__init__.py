@@ -1,0 +1,1 @@
+"""The llama.cpp that mopeq-edge builds, finds and runs."""

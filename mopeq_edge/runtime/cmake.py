@@ -1,0 +1,164 @@
+"""Configure and build llama.cpp with CMake."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mopeq_edge.errors import RuntimeMissingError
+from mopeq_edge.progress import Progress
+from mopeq_edge.runtime.process import describe_exit, last_words, run_lines
+
+BACKEND_OPTIONS = {
+    "cpu": ("-DGGML_METAL=OFF",),
+    "cuda": ("-DGGML_CUDA=ON",),
+}
+
+_LOG_LINES = 400
+_C_COMPILERS = ("cc", "gcc", "clang")
+_CXX_COMPILERS = ("c++", "g++", "clang++")
+_NINJA_COUNT = re.compile(r"^\[\s*(\d+)/(\d+)\]")
+_MAKE_PERCENT = re.compile(r"^\[\s*(\d+)%\]")
+_COMPLAINT = re.compile(r"CMake Error|\berror\b|FAILED|unknown target|No rule to make target", re.IGNORECASE)
+_FILE_SYSTEM_FULL = "No space left on device"
+
+
+@dataclass(frozen=True)
+class BuildTools:
+    """The programs that build: cmake, and ninja if there is one."""
+
+    cmake: Path
+    ninja: Path | None
+
+
+def find_build_tools() -> BuildTools:
+    """Look on PATH and beside this Python, where pip puts the cmake and ninja wheels.
+
+    Raises RuntimeMissingError that names what to install: cmake, or a C or C++ compiler.
+    """
+    cmake = _find_program("cmake")
+    if cmake is None:
+        raise RuntimeMissingError("cmake, which builds llama.cpp, was not found; run: pip install cmake ninja")
+    # On Windows CMake finds Visual Studio by itself, off PATH.
+    if sys.platform != "win32":
+        _check_compiler("C", "CC", _C_COMPILERS)
+        _check_compiler("C++", "CXX", _CXX_COMPILERS)
+    return BuildTools(cmake, _find_program("ninja"))
+
+
+def cmake_options(backend: str) -> tuple[str, ...]:
+    """What CMake is told about the build, apart from paths of this machine."""
+    beside_itself = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
+    options: tuple[str, ...] = (
+        "-DCMAKE_BUILD_TYPE=Release",
+        "-DBUILD_SHARED_LIBS=ON",
+        "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON",
+        f"-DCMAKE_INSTALL_RPATH={beside_itself}",
+        "-DGGML_CCACHE=OFF",
+        "-DLLAMA_ALL_WARNINGS=OFF",
+        "-DLLAMA_BUILD_APP=OFF",
+        "-DLLAMA_BUILD_EXAMPLES=OFF",
+        "-DLLAMA_BUILD_TESTS=OFF",
+        "-DLLAMA_BUILD_UI=OFF",
+        "-DLLAMA_OPENSSL=OFF",
+        "-DLLAMA_USE_PREBUILT_UI=OFF",
+    )
+    if sys.platform == "linux":
+        # Without it LD_LIBRARY_PATH wins over the libraries beside the tool, and a user's other
+        # llama.cpp would be mixed with this one.
+        old_tags = "-Wl,--disable-new-dtags"
+        options += (
+            f"-DCMAKE_EXE_LINKER_FLAGS_INIT={old_tags}",
+            f"-DCMAKE_SHARED_LINKER_FLAGS_INIT={old_tags}",
+        )
+    return options + BACKEND_OPTIONS[backend]
+
+
+class CMakeBuild:
+    """One build tree. Keeps the last lines of the output for `save_log`.
+
+    ``source`` is llama.cpp's source tree, ``tree`` the build directory to create.
+    """
+
+    def __init__(self, tools: BuildTools, source: Path, tree: Path) -> None:
+        self.tree = tree
+        self._tools = tools
+        self._source = source
+        self._log: deque[str] = deque(maxlen=_LOG_LINES)
+        # The progress parser reads ninja's default status; git must not look for a repository
+        # above the source and report its commit as llama.cpp's.
+        self._env = {
+            **os.environ,
+            "NINJA_STATUS": "[%f/%t] ",
+            "GIT_CEILING_DIRECTORIES": str(source.parent),
+        }
+
+    def configure(self, options: Sequence[str]) -> None:
+        """Raises RuntimeMissingError if CMake fails."""
+        command: list[str | Path] = [self._tools.cmake, "-S", self._source, "-B", self.tree, *options]
+        if self._tools.ninja is not None:
+            command += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={self._tools.ninja}"]
+        self._check("cmake could not configure llama.cpp", run_lines(command, self._log.append, env=self._env))
+
+    def build(self, targets: Sequence[str], jobs: int, progress: Progress) -> None:
+        """Build ``targets`` with ``jobs`` compilers at once. Raises RuntimeMissingError on failure."""
+        command: list[str | Path] = [self._tools.cmake, "--build", self.tree, "--config", "Release"]
+        command += ["-j", str(jobs), "--target", *targets]
+        with progress.step("Building llama.cpp", 100) as step:
+            done = 0.0
+
+            def on_line(line: str) -> None:
+                nonlocal done
+                self._log.append(line)
+                percent = percent_done(line)
+                if percent is not None and percent > done:
+                    step.advance(percent - done)
+                    done = percent
+
+            code = run_lines(command, on_line, env=self._env)
+            self._check("llama.cpp could not be built", code)
+            step.advance(100 - done)
+
+    def save_log(self, path: Path) -> None:
+        """Write the last lines of CMake's and the compilers' output."""
+        path.write_text("".join(f"{line}\n" for line in self._log), encoding="utf-8")
+
+    def _check(self, what: str, code: int) -> None:
+        if code == 0:
+            return
+        if any(_FILE_SYSTEM_FULL in line for line in self._log):
+            raise RuntimeMissingError(f"{what}: the disk is full; free some space")
+        complaint = next((line.strip() for line in self._log if _COMPLAINT.search(line)), None)
+        reason = complaint or last_words(list(self._log))
+        raise RuntimeMissingError(f"{what}: cmake {describe_exit(code)}: {reason[:300]}")
+
+
+def percent_done(line: str) -> float | None:
+    """Progress in a line of ninja ("[3/12] ...") or make ("[ 25%] ..."), else None."""
+    count = _NINJA_COUNT.match(line)
+    if count and int(count[2]):
+        return min(100.0, 100 * int(count[1]) / int(count[2]))
+    percent = _MAKE_PERCENT.match(line)
+    return min(100.0, float(percent[1])) if percent else None
+
+
+def _find_program(name: str) -> Path | None:
+    found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    return Path(found) if found else None
+
+
+def _check_compiler(language: str, variable: str, names: Sequence[str]) -> None:
+    chosen = os.environ.get(variable)
+    wanted = [shlex.split(chosen)[0]] if chosen else list(names)
+    if not any(shutil.which(name) for name in wanted):
+        raise RuntimeMissingError(
+            f"no {language} compiler was found (looked for {', '.join(wanted)}); "
+            "install one, for example the package build-essential or g++"
+        )
