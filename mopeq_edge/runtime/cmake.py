@@ -26,7 +26,11 @@ _C_COMPILERS = ("cc", "gcc", "clang")
 _CXX_COMPILERS = ("c++", "g++", "clang++")
 _NINJA_COUNT = re.compile(r"^\[\s*(\d+)/(\d+)\]")
 _MAKE_PERCENT = re.compile(r"^\[\s*(\d+)%\]")
-_COMPLAINT = re.compile(r"CMake Error|\berror\b|FAILED|unknown target|No rule to make target", re.IGNORECASE)
+# What explains most comes first: ninja says FAILED before it shows the compiler's error.
+_COMPLAINTS = (
+    re.compile(r"CMake Error|\berror( [A-Z]+\d+)?:", re.IGNORECASE),
+    re.compile(r"\*\*\*|^FAILED"),
+)
 _FILE_SYSTEM_FULL = "No space left on device"
 
 
@@ -135,9 +139,7 @@ class CMakeBuild:
             return
         if any(_FILE_SYSTEM_FULL in line for line in self._log):
             raise RuntimeMissingError(f"{what}: the disk is full; free some space")
-        complaint = next((line.strip() for line in self._log if _COMPLAINT.search(line)), None)
-        reason = complaint or last_words(list(self._log))
-        raise RuntimeMissingError(f"{what}: cmake {describe_exit(code)}: {reason[:300]}")
+        raise RuntimeMissingError(f"{what}: cmake {describe_exit(code)}: {_reason(list(self._log))[:300]}")
 
 
 def percent_done(line: str) -> float | None:
@@ -147,6 +149,16 @@ def percent_done(line: str) -> float | None:
         return min(100.0, 100 * int(count[1]) / int(count[2]))
     percent = _MAKE_PERCENT.match(line)
     return min(100.0, float(percent[1])) if percent else None
+
+
+def _reason(lines: Sequence[str]) -> str:
+    said = [line.strip() for line in lines if line.strip()]
+    for pattern in _COMPLAINTS:
+        for number, line in enumerate(said):
+            if pattern.search(line):
+                # CMake puts the place on one line and the reason below it.
+                return " ".join(said[number : number + 2]) if line.endswith("):") else line
+    return last_words(said)
 
 
 def _find_program(name: str) -> Path | None:

@@ -145,7 +145,10 @@ def _copy_binaries(built: Path, into: Path) -> None:
         neighbour = file.is_symlink() and os.readlink(file) == os.path.basename(os.readlink(file))
         shutil.copy2(file, into / file.name, follow_symlinks=not neighbour)
     for stem in _LIBRARIES:
-        library_path(stem, into)
+        try:
+            library_path(stem, into)
+        except RuntimeMissingError as error:
+            raise RuntimeMissingError(f"the build of llama.cpp made no library {stem}") from error
 
 
 def _copy_converter(source: Path, into: Path) -> None:

@@ -1,0 +1,97 @@
+"""``mopeq-edge runtime``: install llama.cpp and show what is installed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from mopeq_edge.runtime.info import RuntimeInfo
+
+
+@click.group()
+def runtime() -> None:
+    """Install llama.cpp and show what is installed.
+
+    mopeq-edge builds the llama.cpp release that its Python binding was made for and keeps it in
+    ~/.cache/mopeq-edge, or in the directory that MOPEQ_EDGE_CACHE names.
+    """
+
+
+@runtime.command()
+@click.option("--jobs", type=click.IntRange(min=1), help="Compilers that run at once (default: one per CPU).")
+@click.option("--force", is_flag=True, help="Build again even if it is installed.")
+@click.option(
+    "--sdist",
+    type=click.Path(exists=True, path_type=Path),
+    help="Source distribution of llama-cpp-python, archive or directory, instead of a download.",
+)
+def install(jobs: int | None, force: bool, sdist: Path | None) -> None:
+    """Build llama.cpp: tools, libraries and its converter.
+
+    Needs a C++ compiler, cmake and about 0.6 GB of disk while it builds; 5 to 15 minutes.
+    """
+    from mopeq_edge.cli.console import console_progress
+    from mopeq_edge.runtime.install import install as install_runtime
+
+    with console_progress() as progress:
+        done = install_runtime(progress, jobs=jobs, force=force, sdist=sdist)
+    click.echo(f"llama.cpp of llama-cpp-python {done.version} ({done.build_id}) is in {done.directory}")
+
+
+@runtime.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def info(as_json: bool) -> None:
+    """Show the installed llama.cpp, its tools and the libraries in use."""
+    from mopeq_edge.runtime.info import collect_info
+
+    found = collect_info()
+    if as_json:
+        click.echo(json.dumps(_as_dict(found), indent=2, sort_keys=True))
+        return
+    rows = _rows(found)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        click.echo(f"{name:<{width}}  {value}")
+
+
+def _as_dict(found: RuntimeInfo) -> dict[str, object]:
+    installed = found.runtime
+    return {
+        "binding_matches": found.binding_matches,
+        "binding_version": found.binding_version,
+        "build": installed.build_id if installed else None,
+        "cache": str(found.cache),
+        "directory": str(installed.directory) if installed else None,
+        "installed": installed is not None,
+        "library_dir": str(found.library_dir) if found.library_dir else None,
+        "library_error": found.library_error,
+        "others": list(found.others),
+        "tools": {
+            tool.name: {"path": str(tool.path) if tool.path else None, "version": tool.version} for tool in found.tools
+        },
+        "version": installed.version if installed else None,
+    }
+
+
+def _rows(found: RuntimeInfo) -> list[tuple[str, str]]:
+    installed = found.runtime
+    matches = {
+        True: "matches the libraries",
+        False: "has no libraries to load",
+        None: "LLAMA_CPP_LIB_PATH is set: cannot tell whether it matches the libraries",
+    }[found.binding_matches]
+    rows = [
+        ("version", installed.version if installed else "not installed; run: mopeq-edge runtime install"),
+        ("build", installed.build_id if installed else "-"),
+        ("directory", str(installed.directory) if installed else "-"),
+    ]
+    rows += [(tool.name, "MISSING" if tool.path is None else tool.version or "present") for tool in found.tools]
+    rows += [
+        ("libraries", str(found.library_dir or found.library_error)),
+        ("binding", f"llama-cpp-python {found.binding_version}: {matches}"),
+    ]
+    return rows + [("also there", name) for name in found.others]
