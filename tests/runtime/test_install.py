@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import ctypes
 import io
 import json
 import os
@@ -41,6 +40,15 @@ def run(path: Path, **env: str) -> str:
     return subprocess.run([path, "--version"], env=env, check=True, text=True, capture_output=True).stdout
 
 
+def answer_of(library: Path) -> str:
+    # In a process of its own: once a stand-in libggml-base is loaded, the real one, which has the same
+    # soname, never would be.
+    code = "import ctypes, sys; print(ctypes.CDLL(sys.argv[1]).answer())"
+    return subprocess.run(
+        [sys.executable, "-c", code, library], check=True, text=True, capture_output=True
+    ).stdout.strip()
+
+
 def test_what_is_installed(installed: Runtime) -> None:
     assert names(installed.directory.parent) == [f"llama.cpp-{installed.version}-stock", "runtime.lock"]
     assert names(installed.directory) == ["bin", "convert", "runtime.json"]
@@ -48,7 +56,7 @@ def test_what_is_installed(installed: Runtime) -> None:
     assert names(installed.convert / "models" / "templates") == ["a.jinja"]
     assert library_dir() == installed.bin
     for stem in ("ggml", "ggml-base", "ggml-cpu", "llama", "mtmd"):
-        assert ctypes.CDLL(str(installed.bin / f"lib{stem}.so")).answer() == 4711
+        assert answer_of(installed.bin / f"lib{stem}.so") == "4711"
         assert (installed.bin / f"lib{stem}.so.0").resolve() == installed.bin.resolve() / f"lib{stem}.so.0.1.2"
 
 
@@ -299,6 +307,27 @@ def test_incomplete_build_gets_no_stamp(
     monkeypatch.setattr(CMakeBuild, "build", lambda *args: None)
     assert message in message_of(sdists.tree())
     assert names(cache) == ["runtime.lock"]
+
+
+def test_earlier_build_comes_back_if_the_new_one_cannot_take_its_place(
+    sdists: SdistMaker, cache: Path, installed: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOPEQ_EDGE_CACHE", str(cache))
+    shutil.copytree(installed.directory, runtime_directory(), symlinks=True)
+    (runtime_directory() / "earlier").touch()
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if ".tmp-" in self.name:
+            raise PermissionError(13, "Permission denied", str(self))
+        return rename(self, target)
+
+    monkeypatch.setattr(CMakeBuild, "configure", lambda self, _: shutil.copytree(installed.bin, self.tree / "bin"))
+    monkeypatch.setattr(CMakeBuild, "build", lambda *args: None)
+    monkeypatch.setattr(Path, "rename", refuse)
+    assert "Permission denied" in message_of(sdists.tree(), force=True)
+    assert names(cache) == [runtime_directory().name, "runtime.lock"]
+    assert (runtime_directory() / "earlier").exists()
 
 
 @pytest.mark.parametrize(
