@@ -1,0 +1,155 @@
+"""The weights of a Hugging Face directory: one ``.safetensors`` file, or shards and their index."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mopeq_edge.errors import FormatError, SourceError
+from mopeq_edge.source.safetensors_file import Entry, SafetensorsFile
+
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+
+
+class Checkpoint:
+    """Tensors by their name in the checkpoint; only headers are kept in memory.
+
+    Names come shard by shard (sorted), and sorted within a shard: the order in which llama.cpp's converter
+    writes them. Raises :class:`SourceError` for what is missing, :class:`FormatError` for what is damaged.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        shards, self.files = _open_shards(directory)
+        self._shard_of = {name: shard for shard in shards for name in shard.entries}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._shard_of)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor, outermost axis first."""
+        return {name: self.shape(name) for name in self._shard_of}
+
+    def entry(self, name: str) -> Entry:
+        shard = self._shard_of.get(name)
+        if shard is None:
+            raise SourceError(f"{self.directory}: the checkpoint has no tensor '{name}'")
+        return shard.entries[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.entry(name).shape
+
+    def dtype(self, name: str) -> str:
+        """The safetensors type, e.g. ``BF16``."""
+        return self.entry(name).dtype
+
+    def read_stored(self, name: str, start: int = 0, stop: int | None = None) -> Bytes:
+        """Bytes [n_rows, row bytes] of rows ``start`` to ``stop``, all axes but the last seen as one."""
+        self.entry(name)
+        return self._shard_of[name].read(name, start, stop)
+
+    def read_rows(self, name: str, start: int = 0, stop: int | None = None) -> Floats:
+        """The same rows as float32 [n_rows, n_in]."""
+        self.entry(name)
+        return self._shard_of[name].read_f32(name, start, stop)
+
+    def read_f32(self, name: str, index: int | None = None) -> Floats:
+        """A tensor as float32 in its own shape, or ``tensor[index]`` of it (one expert of a packed tensor)."""
+        shape = self.shape(name)
+        if index is None:
+            return self.read_rows(name).reshape(shape)
+        if not shape or not 0 <= index < shape[0]:
+            raise IndexError(f"{name}: no index {index} in a tensor of shape {list(shape)}")
+        if len(shape) == 1:
+            return self.read_rows(name).reshape(shape)[index : index + 1].reshape(())
+        rows = math.prod(shape[1:-1])
+        return self.read_rows(name, index * rows, (index + 1) * rows).reshape(shape[1:])
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """``config.json`` of a checkpoint."""
+    if not directory.is_dir():
+        what = "is a file" if directory.exists() else "does not exist"
+        raise SourceError(f"{directory}: {what}; expected the directory of a Hugging Face checkpoint")
+    if not (directory / CONFIG).is_file():
+        raise SourceError(f"{directory}: has no {CONFIG}; give the directory of a Hugging Face checkpoint")
+    return read_json_object(directory / CONFIG)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: not valid JSON ({' '.join(str(error).split())}); download it again") from None
+    if not isinstance(found, dict):
+        raise FormatError(f"{path}: expected a JSON object, found {type(found).__name__}; download it again")
+    return found
+
+
+def _open_shards(directory: Path) -> tuple[list[SafetensorsFile], tuple[Path, ...]]:
+    """The shards in order, and every file that says something about the weights."""
+    index = directory / INDEX
+    if index.is_file():
+        placement = _read_index(index)
+        names = sorted(set(placement.values()))
+        missing = [name for name in names if not (directory / name).is_file()]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise SourceError(
+                f"{directory}: shard '{missing[0]}'{more} is missing, {INDEX} names {len(names)} shards; download it"
+            )
+        shards = [SafetensorsFile(directory / name) for name in names]
+        _check_index(index, placement, shards)
+        return shards, (index, *(shard.path for shard in shards))
+    if (directory / SINGLE).is_file():
+        return [SafetensorsFile(directory / SINGLE)], (directory / SINGLE,)
+    others = sorted(p.name for p in directory.glob("*") if p.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+    found = f"found {', '.join(others[:3])}" if others else "found no weights"
+    raise SourceError(
+        f"{directory}: expected {SINGLE} or {INDEX}, {found}; download the safetensors files of the checkpoint"
+    )
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    placement = read_json_object(path).get("weight_map")
+    if not isinstance(placement, dict) or not placement:
+        raise FormatError(f"{path}: has no weight_map; download it again")
+    for tensor, shard in placement.items():
+        if not isinstance(shard, str) or shard in ("", ".", "..") or any(c in shard for c in "/\\:\0"):
+            raise FormatError(
+                f"{path}: tensor '{tensor}' is said to be in {shard!r}, expected the plain name of a file beside it"
+            )
+    return placement
+
+
+def _check_index(index: Path, placement: dict[str, str], shards: list[SafetensorsFile]) -> None:
+    held = {shard.path.name: shard.entries for shard in shards}
+    for tensor, name in placement.items():
+        if tensor not in held[name]:
+            raise FormatError(
+                f"{index}: tensor '{tensor}' is said to be in '{name}', but is not there; "
+                "the files are of different downloads, download them again"
+            )
+    for name, entries in held.items():
+        for tensor in entries:
+            if placement.get(tensor) != name:
+                where = f"puts it in '{placement[tensor]}'" if tensor in placement else "does not name it"
+                raise FormatError(
+                    f"{index.parent / name}: holds tensor '{tensor}', but {INDEX} {where}; "
+                    "the files are of different downloads, download them again"
+                )

@@ -1,0 +1,35 @@
+"""Read a stretch of a file, whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from mopeq_edge.errors import FormatError
+
+
+def read_bytes(path: Path, offset: int, count: int) -> npt.NDArray[np.uint8]:
+    """``count`` bytes of ``path`` from ``offset``. Safe from several threads at once.
+
+    Reads, does not map: a mapped file that shrinks kills the process, and mapped pages count as its memory.
+    Raises :class:`FormatError` if the file cannot be read or ends too early.
+    """
+    out = np.empty(count, dtype=np.uint8)
+    view = out.data
+    done = 0
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            while done < count:
+                got = file.readinto(view[done:])
+                if not got:
+                    raise FormatError(
+                        f"{path}: ends at byte {offset + done}, expected at least {offset + count}; "
+                        "it changed while it was read, try again"
+                    )
+                done += got
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
+    return out

@@ -1,0 +1,170 @@
+"""A Hugging Face checkpoint as a :class:`Source`: its tensors under GGUF names, read piece by piece."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mopeq_edge.errors import FormatError, SourceError
+from mopeq_edge.ggml.types import BF16, F16, F32, GgmlType
+from mopeq_edge.gguf_file import KV
+from mopeq_edge.source.checkpoint import CONFIG, Checkpoint, read_config
+from mopeq_edge.source.converter import Converter, Part, Recipe
+from mopeq_edge.source.model import Bytes, Floats, SourceTensor, require_finite
+
+STORED_AS: Mapping[str, GgmlType] = {"BF16": BF16, "F16": F16, "F32": F32, "F64": F32}
+"""How a matrix of each checkpoint type is stored in a GGUF."""
+
+FILE_TYPES: Mapping[GgmlType, int] = {F32: 0, F16: 1, BF16: 32}
+"""``general.file_type`` of a file whose matrices are of one type (``llama_ftype``)."""
+
+BESIDE_WEIGHTS = (
+    *("config.json", "generation_config.json", "README.md"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.json", "chat_template.jinja"),
+)
+"""Files of a checkpoint that shape the key-values."""
+
+
+class HuggingFaceSource:
+    """One checkpoint directory and the converter of its family.
+
+    Raises :class:`SourceError` or :class:`FormatError` for whatever is missing, damaged or not supported.
+    """
+
+    kind = "huggingface"
+
+    def __init__(self, directory: Path, converter: Converter, pre: str | None = None) -> None:
+        self.path = directory
+        self.architecture = converter.architecture
+        self.config: Mapping[str, Any] = read_config(directory)
+        self.checkpoint = Checkpoint(directory)
+        try:
+            recipes = converter.recipes(self.config, self.checkpoint.shapes)
+        except SourceError as error:
+            raise SourceError(f"{directory}: {error}") from None
+        self.hf_tensor_of: Mapping[str, Recipe] = {recipe.name: recipe for recipe in recipes}
+        """Where every tensor, by its GGUF name, comes from in the checkpoint."""
+        for recipe in recipes:
+            self._check(recipe)
+        self.tensors = tuple(SourceTensor(r.name, r.shape, self._type_of(r)) for r in recipes)
+        self.warnings = tuple(self._warnings())
+        beside = [directory / name for name in BESIDE_WEIGHTS if (directory / name).is_file()]
+        beside += sorted((directory / "additional_chat_templates").glob("*.jinja"))
+        self.files: tuple[Path, ...] = (*beside, *self.checkpoint.files)
+        self.kvs: Mapping[str, KV] = converter.key_values(directory, self.config, self.tensors, self._file_type(), pre)
+
+    def read(self, tensor: SourceTensor, matrix: int = 0, rows: slice | None = None) -> Floats:
+        name, start, stop = self._piece(tensor, matrix, rows)
+        return require_finite(self.checkpoint.read_rows(name, start, stop), self.path, tensor, matrix)
+
+    def read_stored(self, tensor: SourceTensor, matrix: int = 0, rows: slice | None = None) -> Bytes:
+        values = self.read(tensor, matrix, rows)
+        if tensor.type is F32:
+            return values.astype("<f4", copy=False).view("u1")
+        name, start, stop = self._piece(tensor, matrix, rows)
+        return self.checkpoint.read_stored(name, start, stop)
+
+    def _piece(self, tensor: SourceTensor, matrix: int, rows: slice | None) -> tuple[str, int, int]:
+        """(checkpoint tensor, first row, last row + 1); rows over all axes but the last."""
+        part = self.hf_tensor_of[tensor.name].parts[matrix]
+        first, n_rows = self._rows_of(part)
+        start, stop, step = (rows or slice(None)).indices(n_rows)
+        if step != 1:
+            raise ValueError(f"{tensor.name}: rows must be contiguous, got a step of {step}")
+        return part.tensor, first + start, first + max(start, stop)
+
+    def _rows_of(self, part: Part) -> tuple[int, int]:
+        """First row and number of rows of ``part`` in its tensor seen as a matrix."""
+        shape = self.checkpoint.shape(part.tensor)
+        first, n_rows = 0, math.prod(shape[:-1])
+        if part.expert is not None:
+            n_rows = math.prod(shape[1:-1])
+            first = part.expert * n_rows
+        if part.rows is not None:
+            return first + part.rows[0], part.rows[1] - part.rows[0]
+        return first, n_rows
+
+    def _check(self, recipe: Recipe) -> None:
+        """Every part has the shape that the recipe promises, and can be read as weights."""
+        n_in, n_out = recipe.shape[0], math.prod(recipe.shape[1:2])
+        n_matrices = math.prod(recipe.shape[2:])
+        if len(recipe.parts) != n_matrices:
+            raise ValueError(f"{recipe.name}: {len(recipe.parts)} parts for {n_matrices} matrices")
+        expected = [n_out, n_in] if len(recipe.shape) > 1 else [n_in]
+        for part in recipe.parts:
+            entry = self.checkpoint.entry(part.tensor)
+            if self._shape_of(part) != expected:
+                which = "" if part.expert is None else f" for expert {part.expert}"
+                raise SourceError(
+                    f"{self.path}: tensor '{part.tensor}' has shape {list(entry.shape)}, but {CONFIG} asks for "
+                    f"{expected}{which}; use the {CONFIG} of these weights"
+                )
+            if entry.dtype not in STORED_AS:
+                raise FormatError(
+                    f"{self.path}: tensor '{part.tensor}' has type {entry.dtype}, expected {', '.join(STORED_AS)}; "
+                    "use a checkpoint that is not quantized"
+                )
+
+    def _shape_of(self, part: Part) -> list[int]:
+        """Shape of what ``part`` picks; empty if the tensor has no such part."""
+        shape = list(self.checkpoint.shape(part.tensor))
+        if part.expert is not None:
+            shape = shape[1:] if shape and part.expert < shape[0] else []
+        if part.rows is not None and shape:
+            shape = [part.rows[1] - part.rows[0], *shape[1:]] if part.rows[1] <= shape[0] else []
+        return shape
+
+    def _type_of(self, recipe: Recipe) -> GgmlType:
+        if recipe.keep_f32 or len(recipe.shape) == 1:
+            return F32
+        types = {STORED_AS[self.checkpoint.dtype(part.tensor)] for part in recipe.parts}
+        return types.pop() if len(types) == 1 else F32
+
+    def _file_type(self) -> int:
+        """By the type that holds most weights of matrices."""
+        weights: Counter[GgmlType] = Counter()
+        for tensor in self.tensors:
+            if tensor.quantizable:
+                weights[tensor.type] += tensor.n_weights
+        return FILE_TYPES[weights.most_common(1)[0][0]] if weights else FILE_TYPES[F32]
+
+    def _warnings(self) -> list[str]:
+        parts = {part.tensor for recipe in self.hf_tensor_of.values() for part in recipe.parts}
+        doubles = [name for name in parts if self.checkpoint.dtype(name) == "F64"]
+        return [f"{self.path}: {len(doubles)} tensors are stored as F64 and read as F32"] if doubles else []
+
+
+def open_huggingface(directory: Path, converters: Mapping[str, Converter], pre: str | None = None) -> HuggingFaceSource:
+    """Open a checkpoint with the converter for the architecture in its ``config.json``.
+
+    ``pre`` overrides the name of the pre-tokenizer. Raises :class:`SourceError` for an architecture that is
+    not in ``converters``.
+    """
+    config = read_config(directory)
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise SourceError(f"{directory / CONFIG}: names no architecture; use the {CONFIG} of these weights")
+    converter = converters.get(names[0])
+    if converter is not None:
+        return HuggingFaceSource(directory, converter, pre)
+    known = ", ".join(sorted(converters))
+    if not _mentions_experts(config):
+        raise SourceError(
+            f"{directory}: a dense model ({names[0]}, no experts in {CONFIG}); mopeq-edge is for "
+            f"Mixture-of-Experts models (known: {known}), use llama.cpp's own tools for this one"
+        )
+    raise SourceError(
+        f"{directory}: unknown architecture '{names[0]}', known are: {known}; "
+        "convert it to a BF16 GGUF with llama.cpp and give that file instead"
+    )
+
+
+def _mentions_experts(config: Mapping[str, Any]) -> bool:
+    return any(
+        "expert" in key or "moe" in key or (isinstance(value, Mapping) and _mentions_experts(value))
+        for key, value in config.items()
+    )

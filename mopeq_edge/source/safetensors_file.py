@@ -1,0 +1,185 @@
+"""Read one ``.safetensors`` file: its header, checked, and the bytes of any rows.
+
+Our own small reader, because the library's numpy adapter has no BF16, reads whole tensors only and does not
+say which tensor of a broken file is wrong. Format: 8 bytes of length, a JSON header, then the data without holes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from mopeq_edge.errors import FormatError
+from mopeq_edge.ggml.library import bf16_to_f32
+from mopeq_edge.source.file_bytes import read_bytes
+
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+
+MAX_HEADER = 100_000_000
+"""Longest header that the safetensors library accepts, in bytes."""
+
+DTYPE_BITS: Mapping[str, int] = {
+    **{"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "C64": 64},
+    **{"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
+    **{"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4, "BOOL": 8},
+    **{"I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8},
+}
+"""Bits of one element of every type that a file may hold."""
+
+WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64")
+"""Types that can be read as weights."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file; ``shape`` is the checkpoint's, outermost axis first."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    """Where its data begins, in bytes from the start of the file."""
+    nbytes: int
+
+    @property
+    def n_rows(self) -> int:
+        """Rows when all axes but the last are seen as one; 1 for a vector."""
+        return math.prod(self.shape[:-1])
+
+    @property
+    def n_in(self) -> int:
+        return self.shape[-1] if self.shape else 1
+
+
+class SafetensorsFile:
+    """The tensors of one file, sorted by name as the safetensors library lists them.
+
+    Raises :class:`FormatError` if the file is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: dict[str, Entry] = _read_entries(path)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Bytes:
+        """The bytes [n_rows, row bytes] of rows ``start`` to ``stop`` of a tensor seen as a matrix."""
+        entry = self.entries[name]
+        stop = entry.n_rows if stop is None else stop
+        if not 0 <= start <= stop <= entry.n_rows:
+            raise ValueError(f"{name}: rows {start} to {stop} of {entry.n_rows}")
+        row_bits = DTYPE_BITS[entry.dtype] * entry.n_in
+        if row_bits % 8:
+            raise FormatError(f"{self.path}: tensor '{name}' ({entry.dtype}): its rows are no whole bytes")
+        row_bytes = row_bits // 8
+        raw = read_bytes(self.path, entry.offset + start * row_bytes, (stop - start) * row_bytes)
+        return raw.reshape(stop - start, row_bytes)
+
+    def read_f32(self, name: str, start: int = 0, stop: int | None = None) -> Floats:
+        """The same rows as float32 [n_rows, n_in]. Only F64 is rounded."""
+        dtype = self.entries[name].dtype
+        if dtype not in WEIGHT_DTYPES:
+            raise FormatError(
+                f"{self.path}: tensor '{name}' has type {dtype}, expected weights in {', '.join(WEIGHT_DTYPES)}; "
+                "use a checkpoint that is not quantized"
+            )
+        raw = self.read(name, start, stop)
+        if dtype == "BF16":
+            return bf16_to_f32(raw.view("<u2"))
+        if dtype == "F32":
+            return raw.view("<f4")
+        with np.errstate(over="ignore"):
+            return raw.view("<f2" if dtype == "F16" else "<f8").astype(np.float32)
+
+
+def _read_entries(path: Path) -> dict[str, Entry]:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read ({error.strerror}); expected a safetensors file") from None
+    if size < 8:
+        raise FormatError(f"{path}: truncated safetensors: the file has {size} bytes; download it again")
+    length = int.from_bytes(read_bytes(path, 0, 8).tobytes(), "little")
+    if length > MAX_HEADER:
+        raise FormatError(f"{path}: not a safetensors file (it claims a header of {length} bytes)")
+    if 8 + length > size:
+        raise FormatError(
+            f"{path}: truncated safetensors: the header needs {8 + length} bytes, file has {size}; download it again"
+        )
+    header = _parse_header(path, read_bytes(path, 8, length).tobytes())
+    entries = [_entry(path, name, info, 8 + length) for name, info in header.items() if name != "__metadata__"]
+    _check_extents(path, entries, 8 + length, size)
+    return {entry.name: entry for entry in sorted(entries, key=lambda entry: entry.name)}
+
+
+def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise FormatError(f"{path}: broken safetensors header: '{twice}' appears twice")
+        return found
+
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(
+            f"{path}: not a safetensors file (its header is no JSON: {' '.join(str(error).split())})"
+        ) from None
+    if not isinstance(header, dict):
+        raise FormatError(f"{path}: broken safetensors header: expected an object, found {type(header).__name__}")
+    return header
+
+
+def _entry(path: Path, name: str, info: Any, data_start: int) -> Entry:
+    def broken(problem: str) -> NoReturn:
+        raise FormatError(f"{path}: broken safetensors header: tensor '{name}': {problem}; download it again")
+
+    if not isinstance(info, dict):
+        broken("expected an object")
+    dtype, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        broken(f"unknown dtype {dtype!r}")
+    if not isinstance(shape, list) or not all(_is_size(dim) for dim in shape):
+        broken(f"shape {shape!r} is no list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(at) for at in offsets):
+        broken(f"data_offsets {offsets!r} are no pair of sizes")
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    begin, end = offsets
+    if bits % 8 or end - begin != bits // 8:
+        broken(f"{dtype} of shape {shape} needs {bits / 8:g} bytes, its offsets give {end - begin}")
+    return Entry(name, dtype, tuple(shape), data_start + begin, end - begin)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _check_extents(path: Path, entries: list[Entry], data_start: int, size: int) -> None:
+    """The data follows the header without holes or overlaps and ends with the file."""
+    at = data_start
+    # A tensor without elements shares its offset with the next one and must come before it
+    for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):
+        if entry.offset != at:
+            raise FormatError(
+                f"{path}: broken safetensors header: tensor '{entry.name}' starts at byte {entry.offset}, "
+                f"expected {at}, where the one before it ends; download it again"
+            )
+        at += entry.nbytes
+        if at > size:
+            raise FormatError(
+                f"{path}: truncated safetensors: tensor '{entry.name}' needs {at} bytes, file has {size}; "
+                "download it again"
+            )
+    if at != size:
+        raise FormatError(
+            f"{path}: broken safetensors: the last tensor ends at byte {at}, but the file has {size}; download it again"
+        )
