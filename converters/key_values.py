@@ -1,0 +1,137 @@
+"""Key-values that all families share, in the words of the ``gguf`` package.
+
+Which keys exist, how they are called and typed is gguf-py's business: its writer collects them, nothing is written
+with it. Order and choice are those of llama.cpp's ``convert_hf_to_gguf.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from mopeq_edge.errors import SourceError
+from mopeq_edge.gguf_file import KV, ValueType
+from mopeq_edge.source.converter import Config
+from mopeq_edge.source.model import SourceTensor
+
+# (names of one number in config.json, newest first; the writer's method)
+_SIZES: Sequence[tuple[tuple[str, ...], str]] = (
+    (("num_hidden_layers", "n_layer"), "add_block_count"),
+    (("max_position_embeddings", "n_positions"), "add_context_length"),
+    (("hidden_size", "n_embd"), "add_embedding_length"),
+    (("intermediate_size", "n_inner"), "add_feed_forward_length"),
+    (("num_attention_heads", "n_head"), "add_head_count"),
+    (("num_key_value_heads",), "add_head_count_kv"),
+)
+_AFTER_ROPE: Sequence[tuple[tuple[str, ...], str]] = (
+    (("rms_norm_eps", "norm_eps"), "add_layer_norm_rms_eps"),
+    (("layer_norm_eps", "layer_norm_epsilon"), "add_layer_norm_eps"),
+    (("num_local_experts", "num_experts", "n_routed_experts"), "add_expert_count"),
+    (("num_experts_per_tok",), "add_expert_used_count"),
+    (("n_group",), "add_expert_group_count"),
+    (("topk_group",), "add_expert_group_used_count"),
+)
+
+
+def need_number(config: Config, key: str) -> int:
+    """The positive whole number under ``key``, or :class:`SourceError`."""
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise SourceError(f"config.json has {key} {value!r}, expected a positive number; use the one of these weights")
+    return value
+
+
+def start_writer(directory: Path, architecture: str, tensors: Sequence[SourceTensor]) -> Any:
+    """A ``gguf.GGUFWriter`` with what describes the model: architecture, type, name, size, licence, authors."""
+    writer = gguf.GGUFWriter(path=None, arch=architecture)
+    for tensor in tensors:
+        # Only for the number of parameters in the model's size label
+        writer.add_tensor_info(tensor.name, tuple(reversed(tensor.shape)), np.dtype(np.float32), tensor.n_weights * 4)
+    total, shared, expert, n_expert = writer.get_total_parameter_count()
+    try:
+        metadata = gguf.Metadata.load(None, directory, None, total)
+    except Exception as error:
+        # A bad model card raises whatever the YAML reader and gguf's guesses about it raise
+        reason = " ".join(str(error).split())
+        raise SourceError(
+            f"{directory}: its README.md or JSON files cannot be read as a model card: {reason}"
+        ) from None
+    metadata.name = metadata.name or directory.resolve().name
+    metadata.size_label = metadata.size_label or gguf.size_label(total, shared, expert, n_expert)
+    _add_repetition_penalty(metadata, directory)
+    writer.add_type(gguf.GGUFType.MODEL)
+    metadata.set_gguf_meta_model(writer)
+    return writer
+
+
+def add_text_parameters(writer: Any, config: Config, file_type: int) -> None:
+    """Sizes, rope, norms and experts of a decoder, then ``file_type``."""
+    _add_numbers(writer, config, _SIZES)
+    _add_rope(writer, config)
+    _add_numbers(writer, config, _AFTER_ROPE)
+    if (head_dim := config.get("head_dim")) is not None:
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def as_kvs(writer: Any) -> dict[str, KV]:
+    """What the writer collected, in its order."""
+    kvs: dict[str, KV] = {}
+    for key, value in writer.kv_data[0].items():
+        kind = ValueType(int(value.type))
+        sub: ValueType | None = None
+        if kind is ValueType.ARRAY:
+            sub = ValueType(int(value.sub_type or gguf.GGUFValueType.get_type(value.value[0])))
+        kvs[key] = KV(kind, list(value.value) if sub is not None else value.value, sub)
+    return kvs
+
+
+def _add_numbers(writer: Any, config: Config, table: Sequence[tuple[tuple[str, ...], str]]) -> None:
+    for names, method in table:
+        value = next((config[name] for name in names if config.get(name) is not None), None)
+        if value is not None:
+            getattr(writer, method)(value)
+
+
+def _add_rope(writer: Any, config: Config) -> None:
+    rope: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type")) or "default"
+    if kind in ("linear", "yarn"):
+        scaling = gguf.RopeScalingType.LINEAR if kind == "linear" else gguf.RopeScalingType.YARN
+        writer.add_rope_scaling_type(scaling)
+        writer.add_rope_scaling_factor(rope["factor"])
+    elif kind != "default":
+        raise SourceError(f"config.json has rope type '{kind}', expected default, linear or yarn; not supported yet")
+    if kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(
+            rope.get("original_max_position_embeddings") or config["original_max_position_embeddings"]
+        )
+        for names, method in (
+            (("extrapolation_factor",), "add_rope_scaling_yarn_ext_factor"),
+            (("attention_factor", "attn_factor"), "add_rope_scaling_yarn_attn_factor"),
+            (("beta_fast",), "add_rope_scaling_yarn_beta_fast"),
+            (("beta_slow",), "add_rope_scaling_yarn_beta_slow"),
+        ):
+            _add_numbers(writer, rope, ((names, method),))
+    theta = rope.get("rope_theta", config.get("rope_theta"))
+    if theta is not None:
+        writer.add_rope_freq_base(theta)
+
+
+def _add_repetition_penalty(metadata: Any, directory: Path) -> None:
+    # The released gguf package does not know transformers' name for it yet, the one that llama.cpp uses does
+    path = directory / "generation_config.json"
+    if metadata.sampling_penalty_repeat is None and path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            return
+        if isinstance(found, dict):
+            metadata.sampling_penalty_repeat = found.get("repetition_penalty")

@@ -1,0 +1,109 @@
+"""A byte-pair vocabulary: tokens, their types, merges and special tokens, as llama.cpp wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from converters.pre_tokenizer import pre_tokenizer_name
+from mopeq_edge.errors import SourceError
+from mopeq_edge.source.checkpoint import read_json_object
+
+_SPECIAL = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
+_SPECIAL_ENDS = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
+
+
+def add_bpe_vocabulary(writer: Any, directory: Path, vocab_size: int, pre: str | None) -> None:
+    """Add the vocabulary in ``directory``, filled up to ``vocab_size`` tokens, to a ``gguf.GGUFWriter``.
+
+    ``pre`` overrides the pre-tokenizer's name. Raises :class:`SourceError` if there is no tokenizer, it does not
+    fit the model or llama.cpp has no pre-tokenizer like it.
+    """
+    tokenizer = load_tokenizer(directory)
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= vocab_size:
+        raise SourceError(
+            f"{directory}: the tokenizer has a token {largest}, but config.json has vocab_size {vocab_size}; "
+            "use the tokenizer of these weights"
+        )
+    name = pre_tokenizer_name(directory, tokenizer, pre)
+    tokens, types = tokens_and_types(tokenizer, vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(name)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    special = gguf.SpecialVocab(directory, load_merges=True)
+    if not special.merges:
+        raise SourceError(f"{directory}: the tokenizer has no merges, expected a byte-pair one; not supported yet")
+    _follow_post_processor(special, directory)
+    special.add_to_gguf(writer, quiet=True)
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The checkpoint's tokenizer; code that it may carry is never run."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise SourceError(
+            f"{directory}: reading its tokenizer needs transformers; run: pip install 'mopeq-edge[calibrate]'"
+        ) from None
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        # transformers and tokenizers raise whatever they like for a bad file, bare Exception included
+        reason = " ".join(str(error).split())[:200]
+        raise SourceError(f"{directory}: its tokenizer cannot be loaded ({reason}); download its files again") from None
+
+
+def tokens_and_types(tokenizer: Any, vocab_size: int) -> tuple[list[str], list[int]]:
+    """Text and ``gguf.TokenType`` of ids 0 to ``vocab_size`` - 1; ids without a token become ``[PAD…]``."""
+    text_of = {number: text for text, number in tokenizer.get_vocab().items()}
+    added = tokenizer.added_tokens_decoder
+    tokens: list[str] = []
+    types: list[int] = []
+    for number in range(vocab_size):
+        text = text_of.get(number)
+        kind = gguf.TokenType.NORMAL
+        if text is None:
+            text, kind = f"[PAD{number}]", gguf.TokenType.UNUSED
+        elif number in added:
+            if not added[number].normalized:
+                # llama.cpp looks for added tokens in text that was normalized, so normalize them too
+                text = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False))
+            if added[number].special or _looks_special(text):
+                kind = gguf.TokenType.CONTROL
+            else:
+                text, kind = text.replace("\N{LOWER ONE EIGHTH BLOCK}", " "), gguf.TokenType.USER_DEFINED
+        tokens.append(text)
+        types.append(int(kind))
+    return tokens, types
+
+
+def _looks_special(text: str) -> bool:
+    """Some checkpoints do not mark their control tokens as special."""
+    return text in _SPECIAL or any(text.startswith(start) and text.endswith(end) for start, end in _SPECIAL_ENDS)
+
+
+def _follow_post_processor(special: Any, directory: Path) -> None:
+    """Whether BOS and EOS are added: what tokenizer.json does counts, not what tokenizer_config.json says.
+
+    The released gguf package has it the other way round; llama.cpp's own copy of it decides like this.
+    """
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        return
+    post: Mapping[str, Any] = read_json_object(path).get("post_processor") or {}
+    adds: dict[str, bool] = {}
+    for step in post.get("processors", [post]):
+        if step.get("type") == "ByteLevel":
+            adds.setdefault("bos", False)
+            adds.setdefault("eos", False)
+        elif step.get("type") == "TemplateProcessing" and len(single := step.get("single", [])) > 1:
+            if "SpecialToken" in single[0]:
+                adds["bos"] = True
+            if "SpecialToken" in single[-1]:
+                adds["eos"] = True
+    special.add_special_token = {**adds, **{k: v for k, v in special.add_special_token.items() if k not in adds}}
