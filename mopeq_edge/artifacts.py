@@ -1,0 +1,45 @@
+"""JSON artifacts: a format name, a version, sorted keys and no timestamps, so equal input gives equal bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mopeq_edge.atomic import atomic_write
+from mopeq_edge.errors import FormatError
+
+
+def digest(value: Any) -> str:
+    """SHA-256 in hex of ``value`` as canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 in hex of a file's bytes."""
+    hasher = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            hasher.update(chunk)
+    return hasher.hexdigest()
+
+
+def write_json(path: Path, format_name: str, version: int, body: Mapping[str, Any]) -> None:
+    """Write ``body`` under its format and version."""
+    document = {"format": format_name, "version": version, **body}
+    with atomic_write(path) as file:
+        file.write((json.dumps(document, sort_keys=True, indent=1) + "\n").encode())
+
+
+def read_json(path: Path, format_name: str, version: int) -> dict[str, Any]:
+    """Read what :func:`write_json` wrote. Raises :class:`FormatError` for another format or version."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path}: cannot be read as JSON ({error}); make it again") from None
+    found = (document.get("format"), document.get("version")) if isinstance(document, dict) else None
+    if found != (format_name, version):
+        raise FormatError(f"{path}: expected '{format_name}' version {version}, found {found}; make it again")
+    return dict(document)

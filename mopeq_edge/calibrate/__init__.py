@@ -1,0 +1,1 @@
+"""Text in, statistics out: the imatrix, the gradient-weighted imatrix, routing."""

@@ -1,0 +1,137 @@
+"""A causal language model of which one block at a time has weights in memory.
+
+transformers builds the modules without weights; a block gets its weights from the checkpoint when it is
+its turn and loses them afterwards. The experts are ours, so that each one can be watched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from mopeq_edge.calibrate.experts import ExpertWeights, RoutedExperts, Tap
+from mopeq_edge.errors import CalibrationError
+from mopeq_edge.source.huggingface import HuggingFaceSource
+from mopeq_edge.source.model import SourceTensor
+
+
+class BlockModel:
+    """The forward parts of a checkpoint: embedding rows, blocks, final norm and output matrix."""
+
+    def __init__(self, source: HuggingFaceSource) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.source = source
+        self.tap = Tap()
+        config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+        config._attn_implementation = "sdpa"
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        base = getattr(model, model.base_model_prefix)
+        self._prefix = model.base_model_prefix
+        self._layers: nn.ModuleList = base.layers
+        self._norm: nn.Module = base.norm
+        # built outside the meta device: its frequencies are computed, not loaded
+        self._rotary: nn.Module = type(base.rotary_emb)(config=config)
+        self.n_layer = len(self._layers)
+        self.n_embd = int(config.hidden_size)
+        self.n_vocab = int(config.vocab_size)
+        self._by_name = {t.name: t for t in source.tensors}
+        self._gguf_name = {
+            recipe.parts[0].tensor: name
+            for name, recipe in source.hf_tensor_of.items()
+            if len(recipe.parts) == 1 and recipe.parts[0].expert is None and recipe.parts[0].rows is None
+        }
+
+    def tensor(self, name: str) -> SourceTensor:
+        return self._by_name[name]
+
+    def embed(self, tokens: npt.NDArray[np.int32]) -> Tensor:
+        """Rows of the token embedding [n_tokens, n_embd]; reads only the rows that occur."""
+        table = self._by_name["token_embd.weight"]
+        ids, inverse = np.unique(tokens, return_inverse=True)
+        rows = np.concatenate([self.source.read(table, rows=slice(int(i), int(i) + 1)) for i in ids])
+        return torch.from_numpy(rows)[torch.from_numpy(inverse.reshape(-1))]
+
+    def output_matrix(self) -> Tensor:
+        """The output matrix [n_vocab, n_embd]; the embedding itself when the two are tied."""
+        name = "output.weight" if "output.weight" in self._by_name else "token_embd.weight"
+        return torch.from_numpy(self.source.read(self._by_name[name]))
+
+    def positions(self, n_ctx: int) -> dict[str, Any]:
+        """Rotary embeddings and position ids of a window, as the blocks take them."""
+        ids = torch.arange(n_ctx).unsqueeze(0)
+        probe = torch.zeros(1, n_ctx, self.n_embd)
+        return {"position_ids": ids, "position_embeddings": self._rotary(probe, ids)}
+
+    @contextmanager
+    def block(self, layer: int) -> Iterator[nn.Module]:
+        """Block ``layer`` with its weights; its matrices report to ``self.tap`` while it is open."""
+        block: Any = self._layers[layer]
+        original = block.mlp.experts
+        block.mlp.experts = RoutedExperts(self._experts(layer), original.act_fn, self.tap)
+        hooks = []
+        try:
+            prefix = f"{self._prefix}.layers.{layer}."
+            self._load(block, prefix)
+            for name, module in block.named_modules():
+                gguf_name = self._gguf_name.get(f"{prefix}{name}.weight")
+                if gguf_name is not None and len(self._by_name[gguf_name].shape) == 2:
+                    hooks.append(module.register_forward_hook(self._watcher(gguf_name)))
+            yield block
+        finally:
+            for hook in hooks:
+                hook.remove()
+            block.mlp.experts = original
+            block.to("meta")
+
+    @contextmanager
+    def final_norm(self) -> Iterator[nn.Module]:
+        """The norm before the output matrix, with its weights."""
+        self._load(self._norm, f"{self._prefix}.norm.")
+        try:
+            yield self._norm
+        finally:
+            self._norm.to("meta")
+
+    def _load(self, module: nn.Module, prefix: str) -> None:
+        state = {name: self._read(prefix + name) for name, _ in module.named_parameters()}
+        module.load_state_dict(state, strict=True, assign=True)
+        module.requires_grad_(False)
+
+    def _read(self, name: str) -> Tensor:
+        if name not in self.source.checkpoint.names:
+            raise CalibrationError(
+                f"{self.source.path}: transformers' model needs tensor '{name}', which the checkpoint does not "
+                "have; give an imatrix made by llama-imatrix with --imatrix"
+            )
+        return torch.from_numpy(self.source.checkpoint.read_f32(name))
+
+    def _experts(self, layer: int) -> ExpertWeights:
+        stacks = {}
+        for projection in ("gate", "up", "down"):
+            tensor = self._by_name[f"blk.{layer}.ffn_{projection}_exps.weight"]
+            stack = torch.empty(tensor.n_matrices, tensor.n_out, tensor.n_in)
+            for expert in range(tensor.n_matrices):
+                stack[expert] = torch.from_numpy(self.source.read(tensor, expert))
+            stacks[projection] = stack
+        return ExpertWeights(layer, **stacks)
+
+    def _watcher(self, name: str) -> Any:
+        def saw(_module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+            recorder = self.tap.recorder
+            if recorder is None:
+                return
+            x = args[0].reshape(-1, args[0].shape[-1])
+            recorder.saw_input(name, x)
+            # a router returns a tuple; it stays F32 and needs no gradient
+            if isinstance(output, Tensor):
+                recorder.watch_output(name, x, output)
+
+        return saw

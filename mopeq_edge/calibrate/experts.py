@@ -1,0 +1,107 @@
+"""The routed experts of one block as a torch module that tells what goes through each expert."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mopeq_edge.calibrate.statistics import Doubles, Sums
+
+
+@dataclass
+class Recorder:
+    """Statistics of one window of text through one block."""
+
+    activation: Sums = field(default_factory=Sums)
+    gradient: Sums = field(default_factory=Sums)
+    gate_weights: Doubles | None = None
+
+    def saw_input(self, name: str, x: Tensor, matrix: int = 0, n_matrices: int = 1) -> None:
+        """``x`` [n_tokens, n_in] goes into one matrix of the GGUF tensor ``name``."""
+        squares = x.detach().square().sum(dim=0, dtype=torch.float64).numpy()
+        self.activation.add(name, n_matrices, matrix, squares, x.shape[0])
+
+    def watch_output(self, name: str, x: Tensor, y: Tensor, matrix: int = 0, n_matrices: int = 1) -> None:
+        """When the gradient g [n_tokens, n_out] reaches ``y``, add sum_t |g_t|^2 x_tj^2."""
+        if not y.requires_grad:
+            return
+        x = x.detach()
+
+        def saw_gradient(g: Tensor) -> None:
+            weights = g.reshape(len(x), -1).square().sum(dim=1, dtype=torch.float64)
+            squares = weights @ x.square().to(torch.float64)
+            self.gradient.add(name, n_matrices, matrix, squares.numpy(), x.shape[0])
+
+        y.register_hook(saw_gradient)  # type: ignore[no-untyped-call]
+
+
+class Tap:
+    """Which recorder the running thread writes to; None while nothing is measured."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    @property
+    def recorder(self) -> Recorder | None:
+        found: Recorder | None = getattr(self._local, "recorder", None)
+        return found
+
+    @recorder.setter
+    def recorder(self, value: Recorder | None) -> None:
+        self._local.recorder = value
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """One layer's experts: gate, up [n_expert, n_ff, n_embd], down [n_expert, n_embd, n_ff], float32."""
+
+    layer: int
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+class RoutedExperts(nn.Module):
+    """Stands in for transformers' packed experts: same call, one expert after the other, recorded.
+
+    ``forward(hidden_states [n_tokens, n_embd], top_k_index, top_k_weights [n_tokens, k])``.
+    """
+
+    def __init__(self, weights: ExpertWeights, activation: Callable[[Tensor], Tensor], tap: Tap) -> None:
+        super().__init__()
+        self.weights, self.activation, self.tap = weights, activation, tap
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        w, recorder = self.weights, self.tap.recorder
+        n_expert = w.gate.shape[0]
+        output = torch.zeros_like(hidden_states)
+        if recorder is not None:
+            recorder.gate_weights = _gate_weights(top_k_index, top_k_weights, n_expert)
+        for expert in range(n_expert):
+            token, slot = torch.where(top_k_index == expert)
+            if not len(token):
+                continue
+            x = hidden_states[token]
+            gate = nn.functional.linear(x, w.gate[expert])
+            up = nn.functional.linear(x, w.up[expert])
+            inner = self.activation(gate) * up
+            down = nn.functional.linear(inner, w.down[expert])
+            if recorder is not None:
+                for projection, into, out in (("gate", x, gate), ("up", x, up), ("down", inner, down)):
+                    name = f"blk.{w.layer}.ffn_{projection}_exps.weight"
+                    recorder.saw_input(name, into, expert, n_expert)
+                    recorder.watch_output(name, into, out, expert, n_expert)
+            output = output.index_add(0, token, down * top_k_weights[token, slot, None])
+        return output
+
+
+def _gate_weights(index: Tensor, weights: Tensor, n_expert: int) -> Doubles:
+    sums = torch.zeros(n_expert, dtype=torch.float64)
+    sums.index_add_(0, index.reshape(-1), weights.detach().reshape(-1).to(torch.float64))
+    result: Doubles = np.asarray(sums.numpy())
+    return result

@@ -1,0 +1,43 @@
+"""The blocks' inputs for all windows of text, in memory or in a scratch file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IN_MEMORY_BYTES = 2**30
+"""Up to here the states stay in memory; larger ones go to a scratch file that the kernel pages."""
+
+
+class HiddenStates:
+    """float32 [n_slots, n_windows, n_ctx, n_embd]; a slot is one block's input."""
+
+    def __init__(self, n_slots: int, n_windows: int, n_ctx: int, n_embd: int, scratch: Path) -> None:
+        shape = (n_slots, n_windows, n_ctx, n_embd)
+        self._file: Path | None = None
+        if int(np.prod(shape)) * 4 <= IN_MEMORY_BYTES:
+            self._data: np.ndarray = np.zeros(shape, dtype=np.float32)
+        else:
+            scratch.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix="states-", dir=scratch)
+            os.close(handle)
+            self._file = Path(name)
+            self._data = np.memmap(self._file, dtype=np.float32, mode="w+", shape=shape)
+
+    def get(self, slot: int, window: int) -> Tensor:
+        """A copy [1, n_ctx, n_embd] of one window's state."""
+        return torch.from_numpy(np.array(self._data[slot, window])).unsqueeze(0)
+
+    def put(self, slot: int, window: int, state: Tensor) -> None:
+        self._data[slot, window] = state.detach().reshape(self._data.shape[2:]).numpy()
+
+    def close(self) -> None:
+        """Let go of the memory or the scratch file."""
+        del self._data
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)

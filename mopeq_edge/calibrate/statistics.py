@@ -1,0 +1,109 @@
+"""Sums over calibration tokens, in float64 and in a fixed order, and the artifact that keeps them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import safe_open
+from safetensors.numpy import save
+
+from mopeq_edge.atomic import atomic_write
+from mopeq_edge.errors import FormatError
+from mopeq_edge.imatrix import Entry, with_prior
+
+Doubles = npt.NDArray[np.float64]
+
+FORMAT, VERSION = "mopeq-edge routing", "1"
+
+
+@dataclass
+class Sums:
+    """Weighted sums of squared inputs of every matrix: ``values[name]`` [n_matrices, n_in], and tokens."""
+
+    values: dict[str, Doubles] = field(default_factory=dict)
+    counts: dict[str, Doubles] = field(default_factory=dict)
+
+    def add(self, name: str, n_matrices: int, matrix: int, squares: Doubles, n_tokens: int) -> None:
+        """Add ``squares`` [n_in], already summed over ``n_tokens`` tokens, to one matrix of ``name``."""
+        if name not in self.values:
+            self.values[name] = np.zeros((n_matrices, squares.shape[0]))
+            self.counts[name] = np.zeros(n_matrices)
+        self.values[name][matrix] += squares
+        self.counts[name][matrix] += n_tokens
+
+    def merge(self, other: Sums) -> None:
+        """Add all of ``other``. Merged in window order, the result does not depend on threads."""
+        for name, values in other.values.items():
+            if name not in self.values:
+                self.values[name] = np.zeros_like(values)
+                self.counts[name] = np.zeros_like(other.counts[name])
+            self.values[name] += values
+            self.counts[name] += other.counts[name]
+
+    def entries(self, scale: float = 1.0) -> tuple[dict[str, Entry], tuple[str, ...]]:
+        """Imatrix entries (sums divided by ``scale``) with the prior for never-routed experts."""
+        raw = {
+            name: Entry((values / scale).astype(np.float32), self.counts[name].astype(np.float32))
+            for name, values in self.values.items()
+        }
+        return with_prior(raw)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the router did with the calibration text.
+
+    ``counts[layer]`` and ``gate_weights[layer]`` [n_expert]: tokens sent to each expert and the sum of
+    their gate weights. ``token_counts`` [n_vocab]: how often each token id was read.
+    """
+
+    n_tokens: int
+    counts: Mapping[int, Doubles]
+    gate_weights: Mapping[int, Doubles]
+    token_counts: Doubles
+
+    def unrouted(self) -> list[tuple[int, int]]:
+        """(layer, expert) that no token reached."""
+        return [(layer, int(e)) for layer, c in sorted(self.counts.items()) for e in np.flatnonzero(c == 0)]
+
+
+def write_routing(routing: Routing, path: Path, made_from: str) -> None:
+    """Write ``routing`` as safetensors; ``made_from`` is the hash of what it was measured on."""
+    arrays: dict[str, npt.NDArray[np.generic]] = {"token_counts": routing.token_counts}
+    for layer in sorted(routing.counts):
+        arrays[f"blk.{layer}.counts"] = routing.counts[layer]
+        arrays[f"blk.{layer}.gate_weights"] = routing.gate_weights[layer]
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "info": json.dumps({"made_from": made_from, "n_tokens": routing.n_tokens}, sort_keys=True),
+    }
+    with atomic_write(path) as file:
+        file.write(save(arrays, metadata=metadata))
+
+
+def read_routing(path: Path) -> Routing:
+    """Read what :func:`write_routing` wrote. Raises :class:`FormatError` for anything else."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
+                raise FormatError(
+                    f"{path}: expected '{FORMAT}' version {VERSION}, found "
+                    f"{metadata.get('format')!r} version {metadata.get('version')!r}; calibrate again"
+                )
+            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, RuntimeError) as error:
+        raise FormatError(f"{path}: cannot be read as routing statistics ({error}); calibrate again") from None
+    layers = sorted(int(key.split(".")[1]) for key in arrays if key.endswith(".counts"))
+    return Routing(
+        n_tokens=int(json.loads(metadata["info"])["n_tokens"]),
+        counts={n: arrays[f"blk.{n}.counts"] for n in layers},
+        gate_weights={n: arrays[f"blk.{n}.gate_weights"] for n in layers},
+        token_counts=arrays["token_counts"],
+    )

@@ -1,0 +1,1 @@
+"""One type per decision group under a hard byte budget."""

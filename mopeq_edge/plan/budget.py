@@ -1,0 +1,51 @@
+"""Budgets in bytes, and the exact size of the file that a plan leads to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from mopeq_edge.errors import PlanError
+from mopeq_edge.gguf_file import KV
+from mopeq_edge.gguf_layout import TensorSpec, layout
+from mopeq_edge.source.model import SourceTensor
+from mopeq_edge.units import GB, GIB
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the user asked for: exactly one of the three."""
+
+    gb: float | None = None
+    gib: float | None = None
+    bpw: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [value for value in (self.gb, self.gib, self.bpw) if value is not None]
+        if len(given) != 1 or not 0 < given[0] < 1e9:
+            raise PlanError(
+                "budget: give exactly one of --target-gb (1e9 bytes), --target-gib (2^30 bytes) and "
+                f"--target-bpw, as a positive number; found {given or 'none'}"
+            )
+
+    def file_bytes(self, header_bytes: int, tensors: Iterable[SourceTensor]) -> int:
+        """Largest size of the finished file, in bytes.
+
+        bpw is llama.cpp's: bytes of tensor data times 8 over the number of weights; the header comes on top.
+        """
+        if self.gb is not None:
+            return int(round(self.gb * GB, 3))
+        if self.gib is not None:
+            return int(round(self.gib * GIB, 3))
+        assert self.bpw is not None
+        return header_bytes + int(self.bpw * sum(t.n_weights for t in tensors) / 8)
+
+    def __str__(self) -> str:
+        if self.gb is not None:
+            return f"{self.gb:g} GB"
+        return f"{self.gib:g} GiB" if self.gib is not None else f"{self.bpw:g} bpw"
+
+
+def header_bytes(kvs: Mapping[str, KV], specs: Iterable[TensorSpec]) -> int:
+    """Bytes before the tensor data. The types in ``specs`` do not change it."""
+    return len(layout(kvs, list(specs)).header)

@@ -1,0 +1,124 @@
+"""The plan stage, stock layout: one type a tensor, least predicted damage, exact bytes within the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mopeq_edge.artifacts import digest
+from mopeq_edge.errors import PlanError
+from mopeq_edge.ggml.types import BY_NAME, GgmlType
+from mopeq_edge.gguf_file import KV
+from mopeq_edge.gguf_layout import layout, padded_nbytes
+from mopeq_edge.plan.artifact import STOCK, Plan, PlannedTensor
+from mopeq_edge.plan.budget import Budget
+from mopeq_edge.plan.candidates import candidates
+from mopeq_edge.plan.solve import Group, largest_cost, smallest_cost, solve
+from mopeq_edge.sensitivity.scores import UNITS
+from mopeq_edge.sensitivity.table import SensitivityTable
+from mopeq_edge.source.model import Source, SourceTensor
+from mopeq_edge.source.roles import Role
+from mopeq_edge.units import format_bytes
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """``types`` may be chosen among, ``floors`` are least bits per weight by role."""
+
+    sensitivity: str
+    types: tuple[GgmlType, ...]
+    floors: Mapping[Role, float]
+
+
+@dataclass(frozen=True)
+class _Choices:
+    """The decision groups of a source: for each quantizable tensor its types and the solver's group."""
+
+    tensors: Sequence[SourceTensor]
+    types: Sequence[tuple[str, ...]]
+    groups: Sequence[Group]
+    fixed_bytes: int
+    """Header and all tensors that keep their type."""
+
+
+def make_plan(
+    source: Source, table: SensitivityTable, kvs: Mapping[str, KV], budget: Budget, options: PlanOptions
+) -> Plan:
+    """Plan the file that ``kvs`` and ``source`` make. The predicted size is the written size, to the byte.
+
+    Raises :class:`PlanError` for a budget below the exact minimum, which the message states.
+    """
+    header = len(layout(kvs, [(t.name, t.shape, t.type) for t in source.tensors]).header)
+    choices = _choices(source, table, options, header)
+    smallest = choices.fixed_bytes + smallest_cost(choices.groups)
+    largest = choices.fixed_bytes + largest_cost(choices.groups)
+    limit = budget.file_bytes(header, source.tensors)
+    if limit < smallest:
+        raise PlanError(
+            f"budget of {budget} ({limit} bytes): the smallest file these types and floors allow has {smallest} "
+            f"bytes ({format_bytes(smallest)}); raise the budget, add smaller --types or lower a --floor"
+        )
+    solution = solve(choices.groups, limit - choices.fixed_bytes)
+    chosen = {
+        tensor.name: (types[pick], group.costs[pick], group.damages[pick])
+        for tensor, types, group, pick in zip(
+            choices.tensors, choices.types, choices.groups, solution.choice, strict=True
+        )
+    }
+    planned = []
+    for t in source.tensors:
+        kind, nbytes, damage = chosen.get(t.name, (t.type.name, padded_nbytes(t.shape, t.type), 0.0))
+        planned.append(PlannedTensor(t.name, t.role.value, t.shape, kind, nbytes, damage))
+    return Plan(
+        layout=STOCK,
+        sensitivity=options.sensitivity,
+        unit=UNITS[options.sensitivity],
+        budget_bytes=limit,
+        file_bytes=choices.fixed_bytes + solution.cost,
+        header_bytes=header,
+        smallest_bytes=smallest,
+        largest_bytes=largest,
+        damage=solution.damage,
+        gap=solution.gap,
+        quantized_with=table.quantized_with,
+        types=tuple(t.name for t in options.types),
+        made_from=digest(
+            [table.made_from, options.sensitivity, sorted((r.value, b) for r, b in options.floors.items())]
+        ),
+        tensors=tuple(planned),
+    )
+
+
+def size_range(source: Source, kvs: Mapping[str, KV], options: PlanOptions, *, has_imatrix: bool) -> tuple[int, int]:
+    """(smallest, largest) bytes that a plan can have; needs no sensitivity."""
+    total = [len(layout(kvs, [(t.name, t.shape, t.type) for t in source.tensors]).header)] * 2
+    for tensor in source.tensors:
+        kinds = candidates(tensor, options.types, has_imatrix=has_imatrix, floors=options.floors)
+        sizes = [padded_nbytes(tensor.shape, kind) for kind in kinds]
+        total = [total[0] + min(sizes), total[1] + sizes[-1]]
+    return total[0], total[1]
+
+
+def _choices(source: Source, table: SensitivityTable, options: PlanOptions, header: int) -> _Choices:
+    tensors, types, groups = [], [], []
+    fixed = header
+    for tensor in source.tensors:
+        if not tensor.quantizable:
+            fixed += padded_nbytes(tensor.shape, tensor.type)
+            continue
+        errors = table.errors.get(tensor.name)
+        if errors is None or options.sensitivity not in errors.damage:
+            raise PlanError(
+                f"tensor '{tensor.name}': the sensitivity table has no '{options.sensitivity}' damage for it; "
+                "run sensitivity again on this source"
+            )
+        # what was measured decides which types an imatrix allowed
+        measured = [BY_NAME[name] for name in errors.types if name in {t.name for t in options.types}]
+        allowed = candidates(tensor, measured, has_imatrix=True, floors=options.floors)
+        total = errors.damage[options.sensitivity].sum(axis=1)
+        costs = tuple(padded_nbytes(tensor.shape, kind) for kind in allowed)
+        damages = tuple(float(total[errors.types.index(kind.name)]) for kind in allowed)
+        tensors.append(tensor)
+        types.append(tuple(kind.name for kind in allowed))
+        groups.append(Group(tensor.name, costs, damages))
+    return _Choices(tensors, types, groups, fixed)

@@ -1,0 +1,163 @@
+"""Multiple-choice knapsack: one option a group, least total damage, total cost within a budget.
+
+HiGHS solves it as an integer program, through scipy. Its tolerances are relative to floating-point
+numbers and ours is a hard budget in bytes, so costs and choices are checked in integers, and a
+greedy walk along the groups' convex hulls gives a second solution that is always feasible.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_matrix
+
+from mopeq_edge.errors import PlanError
+
+
+@dataclass(frozen=True)
+class Group:
+    """Options of one decision: integer ``costs`` (bytes) and ``damages`` >= 0, in the same order."""
+
+    name: str
+    costs: tuple[int, ...]
+    damages: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """``choice[i]`` is the option of group i; ``bound`` <= the least possible damage <= ``damage``."""
+
+    choice: tuple[int, ...]
+    cost: int
+    damage: float
+    bound: float
+
+    @property
+    def gap(self) -> float:
+        """(damage - bound) / damage; 0 when optimality is proven."""
+        return 0.0 if self.damage <= 0 else max(0.0, (self.damage - self.bound) / self.damage)
+
+
+def smallest_cost(groups: Sequence[Group]) -> int:
+    """Cost of the cheapest choice."""
+    return sum(min(group.costs) for group in groups)
+
+
+def largest_cost(groups: Sequence[Group]) -> int:
+    """Cost of the choice with the least damage in every group (the cheaper one of equals)."""
+    return sum(min(zip(g.damages, g.costs, strict=True))[1] for g in groups)
+
+
+def solve(groups: Sequence[Group], budget: int, *, time_limit: float = 60.0) -> Solution:
+    """Choose one option a group. Raises :class:`PlanError` when even the cheapest choice is too big."""
+    least = smallest_cost(groups)
+    if least > budget:
+        raise PlanError(f"budget of {budget} bytes: the smallest choice takes {least} bytes")
+    pruned = [_undominated(group) for group in groups]
+    greedy = _greedy(groups, pruned, budget)
+    best, bound = greedy, 0.0
+    # HiGHS may overstep the budget by its tolerance; then ask again with that much less
+    capacity = budget
+    for _ in range(4):
+        choice, dual = _highs(groups, pruned, capacity, greedy, time_limit)
+        if capacity == budget:
+            bound = dual
+        if choice is None:
+            break
+        found = _evaluate(groups, choice)
+        if found.cost <= budget:
+            if found.damage < best.damage or (found.damage == best.damage and found.cost < best.cost):
+                best = found
+            break
+        capacity -= found.cost - budget
+    return Solution(best.choice, best.cost, best.damage, min(bound, best.damage))
+
+
+def _undominated(group: Group) -> list[int]:
+    """Options worth considering, by rising cost and falling damage."""
+    order = sorted(range(len(group.costs)), key=lambda i: (group.costs[i], group.damages[i], i))
+    kept: list[int] = []
+    for i in order:
+        if not kept or group.damages[i] < group.damages[kept[-1]]:
+            kept.append(i)
+    return kept
+
+
+def _evaluate(groups: Sequence[Group], choice: Sequence[int]) -> Solution:
+    cost = sum(g.costs[i] for g, i in zip(groups, choice, strict=True))
+    damage = math.fsum(g.damages[i] for g, i in zip(groups, choice, strict=True))
+    return Solution(tuple(choice), cost, damage, 0.0)
+
+
+def _greedy(groups: Sequence[Group], pruned: Sequence[list[int]], budget: int) -> Solution:
+    """Start at the cheapest options; take upgrades by damage saved per byte as long as they fit."""
+    choice = [options[0] for options in pruned]
+    spent = sum(g.costs[i] for g, i in zip(groups, choice, strict=True))
+    steps: list[tuple[float, int, int]] = []
+    for index, (group, options) in enumerate(zip(groups, pruned, strict=True)):
+        hull = _hull(group, options)
+        for a, b in pairwise(hull):
+            saved = (group.damages[a] - group.damages[b]) / (group.costs[b] - group.costs[a])
+            steps.append((-saved, index, b))
+    for _, index, option in sorted(steps):
+        extra = groups[index].costs[option] - groups[index].costs[choice[index]]
+        if spent + extra <= budget and groups[index].damages[option] < groups[index].damages[choice[index]]:
+            spent += extra
+            choice[index] = option
+    return _evaluate(groups, choice)
+
+
+def _hull(group: Group, options: Sequence[int]) -> list[int]:
+    """Options on the lower convex hull of (cost, damage)."""
+    hull: list[int] = []
+    for c in options:
+        while len(hull) > 1:
+            a, b = hull[-2], hull[-1]
+            slope_ab = (group.damages[a] - group.damages[b]) * (group.costs[c] - group.costs[a])
+            slope_ac = (group.damages[a] - group.damages[c]) * (group.costs[b] - group.costs[a])
+            if slope_ac < slope_ab:
+                break
+            hull.pop()
+        hull.append(c)
+    return hull
+
+
+def _highs(
+    groups: Sequence[Group], pruned: Sequence[list[int]], capacity: int, greedy: Solution, time_limit: float
+) -> tuple[list[int] | None, float]:
+    """(choice or None, lower bound on the damage) from HiGHS."""
+    # costs over their common divisor and damages over the greedy total keep both in HiGHS's best range
+    unit = math.gcd(*(c for g in groups for c in g.costs)) or 1
+    base = [g.costs[options[0]] for g, options in zip(groups, pruned, strict=True)]
+    scale = greedy.damage / 1e4 if greedy.damage > 0 else 1.0
+    costs = [(g.costs[i] - b) // unit for g, options, b in zip(groups, pruned, base, strict=True) for i in options]
+    damages = [g.damages[i] / scale for g, options in zip(groups, pruned, strict=True) for i in options]
+    sizes = [len(options) for options in pruned]
+    n = sum(sizes)
+    rows = np.repeat(np.arange(len(groups)), sizes)
+    one_each = csr_matrix((np.ones(n), (rows, np.arange(n))), shape=(len(groups), n))
+    room = (capacity - sum(base)) // unit
+    result = milp(
+        c=np.array(damages),
+        integrality=np.ones(n, dtype=np.int64),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(csr_matrix(np.array(costs, dtype=float)), -np.inf, room),
+        ],
+        options={"time_limit": time_limit, "mip_rel_gap": 0.0},
+    )
+    dual = getattr(result, "mip_dual_bound", None)
+    bound = max(0.0, float(dual) * scale) if dual is not None and np.isfinite(dual) else 0.0
+    if result.x is None:
+        return None, bound
+    choice, at = [], 0
+    for options, size in zip(pruned, sizes, strict=True):
+        choice.append(options[int(np.argmax(result.x[at : at + size]))])
+        at += size
+    return choice, bound

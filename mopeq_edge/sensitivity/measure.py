@@ -1,0 +1,124 @@
+"""Quantize every expert to every candidate type, compare with the weights, price the error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mopeq_edge.ggml.library import Ggml
+from mopeq_edge.ggml.types import GgmlType
+from mopeq_edge.imatrix import Imatrix
+from mopeq_edge.sensitivity.scores import Doubles, Pricing
+from mopeq_edge.source.model import Source, SourceTensor
+
+Floats = npt.NDArray[np.float32]
+
+ROWS_AT_ONCE = 2**21
+"""Weights that one piece of work holds as float32, at most (one row at least)."""
+
+
+@dataclass(frozen=True)
+class TensorErrors:
+    """Damage of one tensor: ``damage[score]`` and ``variance[score]`` [n_types, n_matrices].
+
+    ``types`` names the rows; the last one is the tensor's own type, with no damage. ``variance`` is the
+    sampling variance of the damage (0 when all rows were measured). ``norms`` [n_matrices] is |W|_F.
+    """
+
+    types: tuple[str, ...]
+    damage: Mapping[str, Doubles]
+    variance: Mapping[str, Doubles]
+    norms: Doubles
+
+
+def sampled_rows(n_out: int, sample: int | None, seed: int) -> npt.NDArray[np.int64]:
+    """Row numbers to measure, sorted: all, or ``sample`` drawn without replacement."""
+    if sample is None or sample >= n_out:
+        return np.arange(n_out)
+    return np.sort(np.random.default_rng(seed).choice(n_out, size=sample, replace=False))
+
+
+def measure_tensor(
+    source: Source,
+    tensor: SourceTensor,
+    types: Sequence[GgmlType],
+    pricings: Mapping[str, Sequence[Pricing]],
+    imatrix: Imatrix | None,
+    ggml: Ggml,
+    pool: ThreadPoolExecutor,
+    *,
+    sample_rows: int | None = None,
+    on_matrix: Callable[[], None] = lambda: None,
+) -> TensorErrors:
+    """Errors of ``tensor`` for ``types`` (its own type last), by score; ``pricings[score]`` has one a matrix.
+
+    The quantizer weighs with ``imatrix`` as it will when the file is written.
+    """
+    entry = imatrix.entries.get(tensor.name) if imatrix is not None else None
+    weights = entry.mean() if entry is not None else None
+    rows = sampled_rows(tensor.n_out, sample_rows, seed=tensor.n_out)
+    factor = tensor.n_out / len(rows)
+    shape = (len(types), tensor.n_matrices)
+    damage = {score: np.zeros(shape) for score in pricings}
+    squares = {score: np.zeros(shape) for score in pricings}
+    norms = np.zeros(tensor.n_matrices)
+    at_once = max(1, ROWS_AT_ONCE // tensor.n_in)
+
+    def one_piece(matrix: int, piece: npt.NDArray[np.int64]) -> tuple[float, dict[str, Doubles], dict[str, Doubles]]:
+        w = _read_rows(source, tensor, matrix, piece)
+        sums = {score: np.zeros(len(types)) for score in pricings}
+        sums2 = {score: np.zeros(len(types)) for score in pricings}
+        for index, kind in enumerate(types[:-1]):
+            blocks = ggml.quantize(kind, w, None if weights is None else weights[matrix])
+            error = ggml.dequantize(kind, blocks, tensor.n_in)
+            error -= w
+            error *= error
+            for score, by_matrix in pricings.items():
+                per_row = by_matrix[matrix].row_damage(error, piece)
+                sums[score][index] = per_row.sum()
+                sums2[score][index] = (per_row * per_row).sum()
+        return float((w.astype(np.float64) ** 2).sum()), sums, sums2
+
+    futures: list[tuple[int, Future[tuple[float, dict[str, Doubles], dict[str, Doubles]]]]] = []
+    for matrix in range(tensor.n_matrices):
+        for start in range(0, len(rows), at_once):
+            futures.append((matrix, pool.submit(one_piece, matrix, rows[start : start + at_once])))
+    for position, (matrix, future) in enumerate(futures):
+        norm2, sums, sums2 = future.result()
+        norms[matrix] += norm2 * factor
+        for score in pricings:
+            damage[score][:, matrix] += sums[score]
+            squares[score][:, matrix] += sums2[score]
+        if position + 1 == len(futures) or futures[position + 1][0] != matrix:
+            on_matrix()
+    variance = {score: _sampling_variance(damage[score], squares[score], len(rows), tensor.n_out) for score in pricings}
+    return TensorErrors(
+        types=tuple(t.name for t in types),
+        damage={score: values * factor for score, values in damage.items()},
+        variance=variance,
+        norms=np.sqrt(norms),
+    )
+
+
+def _read_rows(source: Source, tensor: SourceTensor, matrix: int, rows: npt.NDArray[np.int64]) -> Floats:
+    """The given rows [len(rows), n_in]; runs of neighbours are read in one piece."""
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    runs = np.split(rows, breaks)
+    return np.concatenate([source.read(tensor, matrix, slice(int(r[0]), int(r[-1]) + 1)) for r in runs])
+
+
+def _sampling_variance(sums: Doubles, squares: Doubles, n: int, total: int) -> Doubles:
+    """Variance of the estimate total/n * sum for n of ``total`` rows drawn without replacement."""
+    if n >= total or n < 2:
+        return np.zeros_like(sums)
+    spread = np.maximum(squares - sums * sums / n, 0.0) / (n - 1)
+    return np.asarray(total * total / n * spread * (1 - n / total))
+
+
+def total_matrices(tensors: Sequence[SourceTensor]) -> int:
+    """Units of progress of a measurement."""
+    return sum(t.n_matrices for t in tensors)

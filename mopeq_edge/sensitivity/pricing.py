@@ -1,0 +1,106 @@
+"""Build the pricing of every matrix from calibration statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mopeq_edge.calibrate.statistics import Routing
+from mopeq_edge.errors import CalibrationError
+from mopeq_edge.imatrix import PRIOR_COUNT, Imatrix
+from mopeq_edge.sensitivity.scores import (
+    FISHER,
+    FREQUENCY,
+    IMATRIX,
+    MOPEQ,
+    NEEDS_GRADIENT,
+    NEEDS_ROUTING,
+    SCORES,
+    WEIGHT_MSE,
+    Doubles,
+    Pricing,
+)
+from mopeq_edge.source.model import SourceTensor
+from mopeq_edge.source.roles import Role
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration left: any of the three may be missing, and then some scores are."""
+
+    activation: Imatrix | None = None
+    gradient: Imatrix | None = None
+    routing: Routing | None = None
+
+    def available(self) -> tuple[str, ...]:
+        """Scores that these statistics allow."""
+        return tuple(
+            score
+            for score in SCORES
+            if (score not in NEEDS_GRADIENT or self.gradient is not None)
+            and (score not in NEEDS_ROUTING or (self.activation is not None and self.routing is not None))
+        )
+
+
+def require_scores(scores: Sequence[str], statistics: Statistics) -> None:
+    """Raise :class:`CalibrationError` for a score that lacks its statistics, saying how to get them."""
+    for score in scores:
+        if score not in statistics.available():
+            if score in NEEDS_GRADIENT:
+                raise CalibrationError(
+                    f"sensitivity '{score}' needs gradients: calibrate the Hugging Face directory with --fisher "
+                    "(a GGUF source or a foreign imatrix has none), or choose --sensitivity imatrix"
+                )
+            raise CalibrationError(f"sensitivity '{score}' needs an imatrix: run calibrate, or give --imatrix FILE")
+
+
+def pricings(tensor: SourceTensor, statistics: Statistics, mopeq: Sequence[float]) -> dict[str, list[Pricing]]:
+    """For each available score one :class:`Pricing` a matrix of ``tensor``.
+
+    ``mopeq`` has S of each matrix (experts: of the whole expert). A matrix that the statistics do not know
+    (the embedding's activations, say) is priced by what is known of it; see the comments.
+    """
+    n = tensor.n_matrices
+    made: dict[str, list[Pricing]] = {
+        WEIGHT_MSE: [Pricing(1.0)] * n,
+        MOPEQ: [Pricing(s) for s in mopeq],
+    }
+    routing = statistics.routing
+    if routing is None or statistics.activation is None:
+        return made
+    rows = _row_weights(tensor, routing)
+    frequency = _frequency(tensor, routing)
+    made[FREQUENCY] = [Pricing(f, rows=rows) for f in frequency]
+    made[IMATRIX] = _priced(tensor, statistics.activation, 1.0 / routing.n_tokens, rows)
+    if statistics.gradient is not None:
+        scale = statistics.gradient.scale / (2.0 * routing.n_tokens)
+        # an embedding row is one output, so its gradient is not spread over n_out rows
+        factor = scale if tensor.role is Role.EMBEDDING else scale / tensor.n_out
+        made[FISHER] = _priced(tensor, statistics.gradient, factor, rows)
+    return made
+
+
+def _priced(tensor: SourceTensor, imatrix: Imatrix, factor: float, rows: Doubles | None) -> list[Pricing]:
+    entry = imatrix.entries.get(tensor.name)
+    if entry is None:
+        # llama-imatrix has no entry for the embedding (a lookup) or the output matrix: price the plain
+        # error, once a token
+        return [Pricing(factor * imatrix.n_tokens, rows=rows)] * tensor.n_matrices
+    return [Pricing(factor, columns=sums.astype(np.float64), rows=rows) for sums in entry.sums]
+
+
+def _row_weights(tensor: SourceTensor, routing: Routing) -> Doubles | None:
+    """An embedding row matters as often as its token occurs; add-one for tokens that calibration missed."""
+    if tensor.role is not Role.EMBEDDING:
+        return None
+    counts = routing.token_counts + 1.0
+    return np.asarray(counts / counts.sum())
+
+
+def _frequency(tensor: SourceTensor, routing: Routing) -> list[float]:
+    counts = routing.counts.get(tensor.layer) if tensor.layer is not None else None
+    if tensor.role is not Role.EXPERT or counts is None:
+        return [1.0] * tensor.n_matrices
+    return [max(float(c), PRIOR_COUNT) / routing.n_tokens for c in counts]

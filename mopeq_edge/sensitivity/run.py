@@ -1,0 +1,105 @@
+"""The sensitivity stage: source and statistics in, one table of damages out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from mopeq_edge.ggml.library import Ggml
+from mopeq_edge.ggml.types import GgmlType
+from mopeq_edge.imatrix import ACTIVATION, GRADIENT, Imatrix
+from mopeq_edge.plan.candidates import candidates
+from mopeq_edge.progress import Progress
+from mopeq_edge.sensitivity.measure import measure_tensor, total_matrices
+from mopeq_edge.sensitivity.pricing import Statistics, pricings
+from mopeq_edge.sensitivity.scores import Doubles, mopeq_score
+from mopeq_edge.sensitivity.table import SensitivityTable
+from mopeq_edge.source.model import Source, SourceTensor
+from mopeq_edge.source.roles import Role
+
+
+def measure_sensitivity(
+    source: Source,
+    types: Sequence[GgmlType],
+    statistics: Statistics,
+    quantize_with: str,
+    ggml: Ggml,
+    *,
+    sample_rows: int | None,
+    threads: int,
+    made_from: str,
+    progress: Progress,
+) -> SensitivityTable:
+    """Damage of every quantizable tensor and expert for all ``types`` that fit it, by every available score.
+
+    ``quantize_with`` chooses the imatrix that weighs the quantizer: ``activation``, ``gradient`` or ``none``.
+    Floors do not apply here, so one table serves every choice of floors.
+    """
+    imatrix = quantizer_imatrix(statistics, quantize_with)
+    tensors = [t for t in source.tensors if t.quantizable]
+    with ThreadPoolExecutor(threads) as pool:
+        norms = _norms(source, tensors, pool, progress)
+        mopeq = _mopeq_by_layer(tensors, norms)
+        errors = {}
+        with progress.step("sensitivity", total_matrices(tensors)) as step:
+            for tensor in tensors:
+                has_imatrix = imatrix is not None and tensor.name in imatrix.entries
+                chosen = candidates(tensor, types, has_imatrix=has_imatrix, floors={})
+                score = mopeq[tensor.layer] if tensor.role is Role.EXPERT and tensor.layer is not None else None
+                own = [_own_mopeq(tensor, norms[tensor.name])] if score is None else list(score)
+                errors[tensor.name] = measure_tensor(
+                    source,
+                    tensor,
+                    chosen,
+                    pricings(tensor, statistics, own),
+                    imatrix,
+                    ggml,
+                    pool,
+                    sample_rows=sample_rows,
+                    on_matrix=step.advance,
+                )
+    unrouted = imatrix.unrouted if imatrix is not None else ()
+    return SensitivityTable(errors, mopeq, statistics.available(), quantize_with, unrouted, sample_rows, made_from)
+
+
+def quantizer_imatrix(statistics: Statistics, kind: str) -> Imatrix | None:
+    """The imatrix of ``kind``: ``activation``, ``gradient``, or None for ``none``."""
+    return {ACTIVATION: statistics.activation, GRADIENT: statistics.gradient}.get(kind)
+
+
+def _norms(
+    source: Source, tensors: Sequence[SourceTensor], pool: ThreadPoolExecutor, progress: Progress
+) -> dict[str, Doubles]:
+    """|W|_F [n_matrices] of every tensor; also the first full look at the weights."""
+
+    def norm(tensor: SourceTensor, matrix: int) -> float:
+        return float(np.sqrt(np.square(source.read(tensor, matrix), dtype=np.float64).sum()))
+
+    result: dict[str, Doubles] = {}
+    with progress.step("norms", total_matrices(tensors)) as step:
+        for tensor in tensors:
+            futures = [pool.submit(norm, tensor, m) for m in range(tensor.n_matrices)]
+            result[tensor.name] = np.array([future.result() for future in futures])
+            step.advance(tensor.n_matrices)
+    return result
+
+
+def _mopeq_by_layer(tensors: Sequence[SourceTensor], norms: Mapping[str, Doubles]) -> dict[int, Doubles]:
+    """S(e) of every expert of every layer."""
+    layers: dict[int, list[SourceTensor]] = {}
+    for tensor in tensors:
+        if tensor.role is Role.EXPERT and tensor.layer is not None:
+            layers.setdefault(tensor.layer, []).append(tensor)
+    scores = {}
+    for layer, stacks in layers.items():
+        sizes = {t.name: t.n_in * t.n_out for t in stacks}
+        scores[layer] = np.array(
+            [mopeq_score({t.name: float(norms[t.name][e]) for t in stacks}, sizes) for e in range(stacks[0].n_matrices)]
+        )
+    return scores
+
+
+def _own_mopeq(tensor: SourceTensor, norms: Doubles) -> float:
+    return mopeq_score({tensor.name: float(norms[0])}, {tensor.name: tensor.n_in * tensor.n_out})

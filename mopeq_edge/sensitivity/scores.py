@@ -1,0 +1,78 @@
+"""What one unit of quantization error costs, by each score.
+
+Every score prices the error D = Q(W) - W of one matrix as a weighted sum of squares, so one pass over the
+quantizer's output serves all of them:
+
+====================  =======================================================  ======================
+score                 damage of D                                              unit
+====================  =======================================================  ======================
+``fisher``            1/2 sum_ij w_j D_ij^2 / (n_out T), w_j = sum_t g_t^2 x_tj^2   nats of KLD per token
+``imatrix``           sum_ij x2_j D_ij^2 / T                                   squared output error per token
+``weight-mse``        sum_ij D_ij^2                                            squared weight error
+``mopeq``             S(e) sum_ij D_ij^2                                       S in 1/|W|, see below
+``frequency``         (tokens routed to e / T) sum_ij D_ij^2                   squared weight error per token
+====================  =======================================================  ======================
+
+T is the number of calibration tokens; the sums over t run over the tokens routed to the expert, so they
+carry its frequency. ``mopeq`` and ``frequency`` rank experts and know nothing of types; to feed a budgeted
+planner they are joined to |D|^2 in the form of HAWQ-V2 (arXiv 1911.03852), trace times squared error.
+
+``mopeq`` (arXiv 2509.02512): S(e) sums over the expert's matrices the Hutchinson estimate of the trace of
+the Hessian of L(W) = |W|_F. That Hessian is (I - w w^T) / |W|_F with w = W / |W|_F, so with probe vectors
+of unit length the estimate's expectation is (n - 1) / (n |W|_F) for n weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Doubles = npt.NDArray[np.float64]
+
+FISHER, IMATRIX, WEIGHT_MSE, MOPEQ, FREQUENCY = "fisher", "imatrix", "weight-mse", "mopeq", "frequency"
+
+UNITS: Mapping[str, str] = {
+    FISHER: "nats of KLD per token",
+    IMATRIX: "squared output error per token",
+    WEIGHT_MSE: "squared weight error",
+    MOPEQ: "squared weight error x 1/|W|",
+    FREQUENCY: "squared weight error per token",
+}
+SCORES: tuple[str, ...] = tuple(UNITS)
+
+NEEDS_GRADIENT: frozenset[str] = frozenset({FISHER})
+NEEDS_ROUTING: frozenset[str] = frozenset({FISHER, IMATRIX, FREQUENCY})
+
+
+@dataclass(frozen=True)
+class Pricing:
+    """How one score prices the squared errors of one matrix [n_out, n_in].
+
+    damage = factor * sum_ij rows_i columns_j D_ij^2, with ``columns`` [n_in] and ``rows`` [n_out] (None:
+    all ones).
+    """
+
+    factor: float
+    columns: Doubles | None = None
+    rows: Doubles | None = None
+
+    def row_damage(self, squared: npt.NDArray[np.float32], rows: npt.NDArray[np.int64]) -> Doubles:
+        """Damage of each row of ``squared`` = D^2 [n_rows, n_in], which are the matrix's ``rows``."""
+        # no BLAS: its threads would make the last bits depend on the machine
+        weighted = squared if self.columns is None else squared * self.columns
+        damage: Doubles = weighted.sum(axis=1, dtype=np.float64)
+        if self.rows is not None:
+            damage *= self.rows[rows]
+        return damage * self.factor
+
+
+def mopeq_score(norms: Mapping[str, float], n_weights: Mapping[str, int]) -> float:
+    """S of one expert from |W|_F and the number of weights of each of its matrices (by projection).
+
+    A matrix of zeros has no curvature to speak of and counts as 0.
+    """
+    return math.fsum((n_weights[key] - 1) / (n_weights[key] * norm) for key, norm in sorted(norms.items()) if norm > 0)

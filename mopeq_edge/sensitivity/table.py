@@ -1,0 +1,107 @@
+"""The sensitivity artifact: damage of every (tensor, expert, type) by every score, measured once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save
+
+from mopeq_edge.atomic import atomic_write
+from mopeq_edge.errors import FormatError
+from mopeq_edge.sensitivity.measure import TensorErrors
+from mopeq_edge.sensitivity.scores import Doubles
+
+FORMAT, VERSION = "mopeq-edge sensitivity", "1"
+
+
+@dataclass(frozen=True)
+class SensitivityTable:
+    """Everything a planner needs to know about errors.
+
+    ``errors[name]`` has the damages of one tensor; ``mopeq[layer]`` [n_expert] is S(e) of the paper.
+    ``quantized_with`` says which imatrix weighed the quantizer (``activation``, ``gradient``, ``none``);
+    ``unrouted`` names experts priced by the prior. ``made_from`` hashes the inputs and the options.
+    """
+
+    errors: Mapping[str, TensorErrors]
+    mopeq: Mapping[int, Doubles]
+    scores: tuple[str, ...]
+    quantized_with: str
+    unrouted: tuple[str, ...]
+    sample_rows: int | None
+    made_from: str
+
+    def relative_error(self, score: str) -> float:
+        """Largest sampling standard error of a tensor's damage (all its experts), relative to the damage."""
+        worst = 0.0
+        for errors in self.errors.values():
+            total = errors.damage[score].sum(axis=1)
+            deviation = np.sqrt(errors.variance[score].sum(axis=1))
+            known = total > 0
+            if known.any():
+                worst = max(worst, float((deviation[known] / total[known]).max()))
+        return worst
+
+
+def write_table(table: SensitivityTable, path: Path) -> None:
+    """Write as safetensors: keys ``damage/SCORE/TENSOR``, ``variance/…``, ``norms/TENSOR``, ``mopeq/LAYER``."""
+    arrays: dict[str, Any] = {f"mopeq/{layer}": scores for layer, scores in table.mopeq.items()}
+    for name, errors in table.errors.items():
+        arrays[f"norms/{name}"] = errors.norms
+        for score in table.scores:
+            arrays[f"damage/{score}/{name}"] = errors.damage[score]
+            arrays[f"variance/{score}/{name}"] = errors.variance[score]
+    info = {
+        "made_from": table.made_from,
+        "quantized_with": table.quantized_with,
+        "sample_rows": table.sample_rows,
+        "scores": list(table.scores),
+        "types": {name: list(errors.types) for name, errors in table.errors.items()},
+        "unrouted": list(table.unrouted),
+    }
+    metadata = {"format": FORMAT, "version": VERSION, "info": json.dumps(info, sort_keys=True)}
+    with atomic_write(path) as file:
+        file.write(save({key: np.ascontiguousarray(value) for key, value in arrays.items()}, metadata=metadata))
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """The metadata of a sensitivity file. Raises :class:`FormatError` for anything else."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+    except (OSError, ValueError, RuntimeError) as error:
+        raise FormatError(f"{path}: cannot be read as sensitivity ({error}); run sensitivity again") from None
+    if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
+        raise FormatError(
+            f"{path}: expected '{FORMAT}' version {VERSION}, found {metadata.get('format')!r} version "
+            f"{metadata.get('version')!r}; run sensitivity again"
+        )
+    info: dict[str, Any] = json.loads(metadata["info"])
+    return info
+
+
+def read_table(path: Path) -> SensitivityTable:
+    """Read what :func:`write_table` wrote."""
+    info = read_info(path)
+    scores = tuple(info["scores"])
+    with safe_open(path, framework="numpy") as file:
+        errors = {
+            name: TensorErrors(
+                types=tuple(types),
+                damage={s: file.get_tensor(f"damage/{s}/{name}") for s in scores},
+                variance={s: file.get_tensor(f"variance/{s}/{name}") for s in scores},
+                norms=file.get_tensor(f"norms/{name}"),
+            )
+            for name, types in info["types"].items()
+        }
+        layers = sorted(int(key.split("/")[1]) for key in file.keys() if key.startswith("mopeq/"))  # noqa: SIM118
+        mopeq = {layer: file.get_tensor(f"mopeq/{layer}") for layer in layers}
+    return SensitivityTable(
+        errors, mopeq, scores, info["quantized_with"], tuple(info["unrouted"]), info["sample_rows"], info["made_from"]
+    )
