@@ -1,0 +1,342 @@
+"""A model in llama.cpp through the low-level binding: tokens in, logits out.
+
+Only the C API is used, so that every number here is llama.cpp's own. The log is kept silent; its last
+error line becomes the message when a call fails.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import threading
+from collections import deque
+from functools import cache
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mopeq_edge.errors import MopeqError
+from mopeq_edge.runtime.locate import import_llama_cpp
+
+Tokens = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+
+UBATCH = 512
+"""Most tokens that one graph computes at once: llama.cpp's own default."""
+
+_LEVEL_ERROR = 4
+_LEVEL_CONTINUED = 5
+_PREFIX = re.compile(r"^(?:[\w:~]+: |error loading model: )+")
+
+
+class LlamaModel:
+    """A GGUF that llama.cpp has loaded, with one context of one sequence; free it with ``with`` or ``close``.
+
+    One object belongs to one thread. Raises :class:`MopeqError` with llama.cpp's own reason when the file
+    cannot be loaded or the context cannot be made.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        n_ctx: int = 0,
+        n_batch: int = UBATCH,
+        n_threads: int | None = None,
+        vocab_only: bool = False,
+        use_mmap: bool = True,
+        n_gpu_layers: int = 0,
+        plain: bool = False,
+    ) -> None:
+        """Load ``path``.
+
+        ``n_ctx``: tokens of context, 0 for the length the model was trained on. ``n_batch``: most tokens
+        of one decode call. ``n_threads``: None for all CPUs this process may use. ``vocab_only``: only the
+        tokenizer; the file then needs ``general.architecture`` and ``tokenizer.*`` keys and no tensor.
+        ``plain``: an F32 cache, no flash attention and no repacked weights. llama.cpp then computes one
+        token and many tokens in nearly the same way, so that the two can be compared; without it they
+        differ by the rounding of F16 and of the activations, which a near tie in a router amplifies.
+        """
+        self.path = Path(path)
+        self._c = import_llama_cpp()
+        self._log = _log_tail(self._c)
+        self._model: Any = None
+        self._context: Any = None
+        self._batch: Any = None
+        self._closed = False
+        self._log.acquire()
+        try:
+            self._load(vocab_only, use_mmap, n_gpu_layers, plain)
+            self._vocab = self._c.llama_model_get_vocab(self._model)
+            if not vocab_only:
+                self._open_context(n_ctx, n_batch, n_threads or _available_cpus(), plain)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, vocab_only: bool, use_mmap: bool, n_gpu_layers: int, plain: bool) -> None:
+        c = self._c
+        c.llama_backend_init()
+        params = c.llama_model_default_params()
+        params.vocab_only = vocab_only
+        params.load_mode = c.LLAMA_LOAD_MODE_MMAP if use_mmap else c.LLAMA_LOAD_MODE_NONE
+        params.n_gpu_layers = n_gpu_layers
+        params.use_extra_bufts = not plain
+        self._log.clear()
+        self._model = c.llama_model_load_from_file(os.fsencode(self.path), params)
+        if not self._model:
+            raise MopeqError(f"{self.path}: llama.cpp cannot load it: {self._log.reason()}")
+
+    def _open_context(self, n_ctx: int, n_batch: int, n_threads: int, plain: bool) -> None:
+        c = self._c
+        params = c.llama_context_default_params()
+        params.n_ctx = n_ctx
+        params.n_batch = n_batch
+        params.n_ubatch = min(n_batch, UBATCH)
+        params.n_seq_max = 1
+        params.n_threads = params.n_threads_batch = n_threads
+        params.no_perf = True
+        if plain:
+            params.flash_attn_type = c.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            params.type_k = params.type_v = c.GGML_TYPE_F32
+        self._log.clear()
+        self._context = c.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise MopeqError(
+                f"{self.path}: llama.cpp cannot make a context of {n_ctx or self.n_ctx_train} tokens: "
+                f"{self._log.reason()}"
+            )
+        self._n_batch = n_batch
+        self._batch = c.llama_batch_init(n_batch, 0, 1)
+        for row in range(n_batch):
+            self._batch.n_seq_id[row] = 1
+            self._batch.seq_id[row][0] = 0
+
+    def close(self) -> None:
+        """Free the context and the model. May be called twice."""
+        if self._closed:
+            return
+        if self._batch is not None:
+            self._c.llama_batch_free(self._batch)
+        if self._context:
+            self._c.llama_free(self._context)
+        if self._model:
+            self._c.llama_model_free(self._model)
+        self._batch = self._context = self._model = self._vocab = None
+        self._log.release()
+        self._closed = True
+
+    def __enter__(self) -> LlamaModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def n_vocab(self) -> int:
+        """Tokens in the vocabulary, the width of a row of logits."""
+        return int(self._c.llama_vocab_n_tokens(self._vocab))
+
+    @property
+    def n_ctx_train(self) -> int:
+        """Tokens of context that the model was trained on."""
+        return int(self._c.llama_model_n_ctx_train(self._model))
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens that fit into the context; llama.cpp may round the wish up."""
+        return int(self._c.llama_n_ctx(self._open()))
+
+    @property
+    def add_bos(self) -> bool:
+        """Whether the vocabulary wants texts to begin with :attr:`bos`."""
+        return bool(self._c.llama_vocab_get_add_bos(self._vocab))
+
+    @property
+    def bos(self) -> int:
+        """The token that begins a text, -1 if the vocabulary has none."""
+        return int(self._c.llama_vocab_bos(self._vocab))
+
+    def tokenize(self, text: str, add_special: bool = False, parse_special: bool = False) -> Tokens:
+        """``text`` as token ids, int32 [n_tokens].
+
+        ``add_special``: add the BOS and EOS that the vocabulary asks for. ``parse_special``: read
+        ``<|...|>`` in the text as control tokens instead of as plain text.
+        """
+        data = text.encode()
+        size = len(data) + 2
+        for _ in range(2):
+            tokens = np.empty(size, np.int32)
+            buffer = tokens.ctypes.data_as(ctypes.POINTER(self._c.llama_token))
+            n = self._c.llama_tokenize(self._vocab, data, len(data), buffer, size, add_special, parse_special)
+            if n >= 0:
+                return tokens[:n].copy()
+            size = -n
+        raise MopeqError(f"{self.path}: llama.cpp cannot tokenize a text of {len(data)} bytes; give a shorter one")
+
+    def detokenize(self, tokens: npt.ArrayLike, special: bool = False) -> str:
+        """Token ids [n_tokens] as text; ``special`` shows control tokens. Broken UTF-8 becomes U+FFFD."""
+        ids = np.ascontiguousarray(tokens, np.int32)
+        pointer = ids.ctypes.data_as(ctypes.POINTER(self._c.llama_token))
+        size = 16 * len(ids) + 16
+        for _ in range(2):
+            text = ctypes.create_string_buffer(size)
+            n = self._c.llama_detokenize(self._vocab, pointer, len(ids), text, size, False, special)
+            if n >= 0:
+                return text.raw[:n].decode(errors="replace")
+            size = -n
+        raise MopeqError(f"{self.path}: llama.cpp cannot turn {len(ids)} tokens into text")
+
+    def logits(self, tokens: npt.ArrayLike, first: int = 0) -> Floats:
+        """Logits of a fresh sequence, float32 [n_tokens - first, n_vocab].
+
+        Row i belongs to position ``first`` + i and rates the token after it. The tokens [n_tokens] are
+        decoded in batches of ``n_batch``; positions before ``first`` cost no output row.
+        """
+        ids = self._fresh(tokens)
+        rows = np.empty((len(ids) - first, self.n_vocab), np.float32)
+        for start in range(0, len(ids), self._n_batch):
+            part = ids[start : start + self._n_batch]
+            got = self._decode(part, start, first)
+            end = start + len(part) - first
+            if len(got):
+                rows[end - len(got) : end] = got
+        return rows
+
+    def step_logits(self, tokens: npt.ArrayLike) -> Floats:
+        """The same rows as :meth:`logits`, decoded one token at a time as in generation.
+
+        float32 [n_tokens, n_vocab].
+        """
+        ids = self._fresh(tokens)
+        rows = np.empty((len(ids), self.n_vocab), np.float32)
+        for position in range(len(ids)):
+            rows[position] = self._decode(ids[position : position + 1], position, 0)[0]
+        return rows
+
+    def greedy(self, prompt_tokens: npt.ArrayLike, n: int) -> list[int]:
+        """The likeliest continuation of the prompt [n_tokens], at most ``n`` tokens.
+
+        It ends before a token that ends generation.
+        """
+        ids = np.ascontiguousarray(prompt_tokens, np.int32)
+        self._check_length(len(ids) + n)
+        token = int(self.logits(ids, first=len(ids) - 1)[0].argmax())
+        continuation: list[int] = []
+        while len(continuation) < n and not self._c.llama_vocab_is_eog(self._vocab, token):
+            continuation.append(token)
+            position = len(ids) + len(continuation) - 1
+            token = int(self._decode(np.array([token], np.int32), position, 0)[0].argmax())
+        return continuation
+
+    def _open(self) -> Any:
+        if not self._context:
+            raise ValueError(f"{self.path}: has no context: it was opened with vocab_only or is closed")
+        return self._context
+
+    def _fresh(self, tokens: npt.ArrayLike) -> Tokens:
+        """``tokens`` ready to decode, with the context emptied."""
+        ids = np.ascontiguousarray(tokens, np.int32)
+        if ids.ndim != 1 or not len(ids):
+            raise ValueError(f"expected one row of tokens, got an array of shape {ids.shape}")
+        self._check_length(len(ids))
+        self._c.llama_memory_clear(self._c.llama_get_memory(self._open()), True)
+        return ids
+
+    def _check_length(self, n_tokens: int) -> None:
+        if n_tokens > self.n_ctx:
+            raise MopeqError(
+                f"{self.path}: {n_tokens} tokens do not fit into its context of {self.n_ctx}; "
+                "give fewer or open it with a larger n_ctx"
+            )
+
+    def _decode(self, ids: Tokens, position: int, first: int) -> Floats:
+        """Decode ``ids`` [n] at ``position``...; a view [n_out, n_vocab] of the rows from ``first`` on.
+
+        The view is valid until the next decode.
+        """
+        n = len(ids)
+        batch = self._batch
+        wanted = np.arange(position, position + n) >= first
+        np.ctypeslib.as_array(batch.token, (n,))[:] = ids
+        np.ctypeslib.as_array(batch.pos, (n,))[:] = np.arange(position, position + n)
+        np.ctypeslib.as_array(batch.logits, (n,))[:] = wanted
+        batch.n_tokens = n
+        self._log.clear()
+        status = self._c.llama_decode(self._open(), batch)
+        if status != 0:
+            raise MopeqError(f"{self.path}: llama.cpp cannot decode (status {status}): {self._log.reason()}")
+        n_out = int(wanted.sum())
+        if not n_out:
+            return np.empty((0, self.n_vocab), np.float32)
+        return np.ctypeslib.as_array(self._c.llama_get_logits(self._context), (n_out, self.n_vocab))
+
+
+def library_version() -> str:
+    """The llama.cpp in use, e.g. "llama.cpp 0.5.0 (llama-cpp-python 0.3.36)"."""
+    c = import_llama_cpp()
+    return f"llama.cpp {c.llama_version().decode()} (llama-cpp-python {c.__version__})"
+
+
+class _LogTail:
+    """The last error lines of llama.cpp, of each thread, while a model is open."""
+
+    def __init__(self, c: ModuleType) -> None:
+        self._c = c
+        self._lock = threading.Lock()
+        self._users = 0
+        self._thread = threading.local()
+        self._callback = c.llama_log_callback(self._receive)
+        self._before = (c.llama_log_callback(), ctypes.c_void_p())
+
+    def acquire(self) -> None:
+        with self._lock:
+            if not self._users:
+                callback, data = self._before
+                self._c.llama_log_get(ctypes.byref(callback), ctypes.byref(data))
+                self._c.llama_log_set(self._callback, None)
+            self._users += 1
+
+    def release(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self._c.llama_log_set(*self._before)
+
+    def clear(self) -> None:
+        self._thread.lines = deque(maxlen=8)
+        self._thread.level = 0
+
+    def reason(self) -> str:
+        """The first error since :meth:`clear`: the later ones only say that the load failed."""
+        text = "".join(getattr(self._thread, "lines", ())).strip()
+        if not text:
+            return "it gave no reason"
+        return _PREFIX.sub("", text.splitlines()[0]).strip()
+
+    def _receive(self, level: int, text: bytes, _data: object) -> None:
+        if level != _LEVEL_CONTINUED:
+            self._thread.level = level
+        if getattr(self._thread, "level", 0) == _LEVEL_ERROR:
+            if not hasattr(self._thread, "lines"):
+                self.clear()
+                self._thread.level = _LEVEL_ERROR
+            self._thread.lines.append(text.decode(errors="replace"))
+
+
+@cache
+def _log_tail(c: ModuleType) -> _LogTail:
+    # llama.cpp has one log callback for the whole process, so there can only be one listener.
+    return _LogTail(c)
+
+
+def _available_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

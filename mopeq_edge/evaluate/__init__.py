@@ -1,0 +1,1 @@
+"""How far a GGUF is from its source: both run in llama.cpp on the same tokens."""
