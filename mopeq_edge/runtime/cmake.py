@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -82,6 +83,11 @@ def cmake_options(backend: str) -> tuple[str, ...]:
             f"-DCMAKE_EXE_LINKER_FLAGS_INIT={old_tags}",
             f"-DCMAKE_SHARED_LINKER_FLAGS_INIT={old_tags}",
         )
+    if sys.platform == "linux" and platform.machine() == "x86_64":
+        # GCC's tile-load intrinsic tells the compiler of 8 of its 64 bytes, so ggml's AMX kernels are
+        # optimized into a crash; only server CPUs have AMX.
+        no_amx = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+        options += (f"-DCMAKE_C_FLAGS_INIT={no_amx}", f"-DCMAKE_CXX_FLAGS_INIT={no_amx}")
     return options + BACKEND_OPTIONS[backend]
 
 
