@@ -37,6 +37,20 @@ _AFTER_ROPE: Sequence[tuple[tuple[str, ...], str]] = (
     (("topk_group",), "add_expert_group_used_count"),
 )
 
+# (scaling, settings that it needs)
+_ROPE_SCALING: Mapping[str, tuple[Any, tuple[str, ...]]] = {
+    "linear": (gguf.RopeScalingType.LINEAR, ("factor",)),
+    "yarn": (gguf.RopeScalingType.YARN, ("factor", "original_max_position_embeddings")),
+}
+_ROPE_SCALING_NUMBERS: Sequence[tuple[tuple[str, ...], str]] = (
+    (("factor",), "add_rope_scaling_factor"),
+    (("original_max_position_embeddings",), "add_rope_scaling_orig_ctx_len"),
+    (("extrapolation_factor",), "add_rope_scaling_yarn_ext_factor"),
+    (("attention_factor", "attn_factor"), "add_rope_scaling_yarn_attn_factor"),
+    (("beta_fast",), "add_rope_scaling_yarn_beta_fast"),
+    (("beta_slow",), "add_rope_scaling_yarn_beta_slow"),
+)
+
 
 def need_number(config: Config, key: str) -> int:
     """The positive whole number under ``key``, or :class:`SourceError`."""
@@ -103,23 +117,19 @@ def _add_numbers(writer: Any, config: Config, table: Sequence[tuple[tuple[str, .
 def _add_rope(writer: Any, config: Config) -> None:
     rope: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type")) or "default"
-    if kind in ("linear", "yarn"):
-        scaling = gguf.RopeScalingType.LINEAR if kind == "linear" else gguf.RopeScalingType.YARN
-        writer.add_rope_scaling_type(scaling)
-        writer.add_rope_scaling_factor(rope["factor"])
-    elif kind != "default":
+    if kind not in ("default", *_ROPE_SCALING):
         raise SourceError(f"config.json has rope type '{kind}', expected default, linear or yarn; not supported yet")
-    if kind == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(
-            rope.get("original_max_position_embeddings") or config["original_max_position_embeddings"]
-        )
-        for names, method in (
-            (("extrapolation_factor",), "add_rope_scaling_yarn_ext_factor"),
-            (("attention_factor", "attn_factor"), "add_rope_scaling_yarn_attn_factor"),
-            (("beta_fast",), "add_rope_scaling_yarn_beta_fast"),
-            (("beta_slow",), "add_rope_scaling_yarn_beta_slow"),
-        ):
-            _add_numbers(writer, rope, ((names, method),))
+    if kind in _ROPE_SCALING:
+        scaling, needed = _ROPE_SCALING[kind]
+        # Older configurations keep the original length beside the rope's own settings
+        rope = {**{key: config[key] for key in needed if key in config}, **rope}
+        missing = [key for key in needed if rope.get(key) is None]
+        if missing:
+            raise SourceError(
+                f"config.json has a rope of type '{kind}' without {missing[0]}; use the config.json of these weights"
+            )
+        writer.add_rope_scaling_type(scaling)
+        _add_numbers(writer, rope, _ROPE_SCALING_NUMBERS if kind == "yarn" else _ROPE_SCALING_NUMBERS[:1])
     theta = rope.get("rope_theta", config.get("rope_theta"))
     if theta is not None:
         writer.add_rope_freq_base(theta)

@@ -93,7 +93,7 @@ OLMOE = Converter(ARCHITECTURE, recipes, key_values)
 def _with_defaults(config: Config) -> Config:
     """``config`` with what transformers' ``OlmoeConfig`` assumes where it says nothing."""
     assumed = {
-        "max_position_embeddings": 2048,
+        "max_position_embeddings": 4096,
         "num_key_value_heads": config.get("num_attention_heads"),
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
