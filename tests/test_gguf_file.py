@@ -1,0 +1,238 @@
+"""Headers: golden bytes by hand, gguf-py's reader and writer on the other side, and hostile files."""
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from mopeq_edge.errors import FormatError
+from mopeq_edge.ggml.types import BY_NAME, F16, F32
+from mopeq_edge.gguf_file import KV, TensorInfo, ValueType, pad, read_header
+from mopeq_edge.gguf_layout import layout, padded_nbytes, string, uint32
+
+from .builders import write_raw_gguf
+
+# One key-value and two tensors, alignment 32, byte by byte
+GOLDEN = b"".join(
+    [
+        *(b"GGUF", b"\x03\0\0\0", b"\x02\0\0\0\0\0\0\0", b"\x01\0\0\0\0\0\0\0"),
+        *(b"\x01\0\0\0\0\0\0\0", b"k", b"\x04\0\0\0", b"\x07\0\0\0"),
+        *(b"\x01\0\0\0\0\0\0\0", b"a", b"\x02\0\0\0", b"\x02\0\0\0\0\0\0\0", b"\x01\0\0\0\0\0\0\0"),
+        *(b"\0\0\0\0", b"\0\0\0\0\0\0\0\0"),
+        *(b"\x01\0\0\0\0\0\0\0", b"b", b"\x01\0\0\0", b"\x20\0\0\0\0\0\0\0"),
+        *(b"\x08\0\0\0", b"\x20\0\0\0\0\0\0\0"),
+        b"\0" * 13,
+        *(b"\0\0\x80\x3f\0\0\0\x40", b"\0" * 24),
+        *(b"\x01" * 34, b"\0" * 30),
+    ]
+)
+DATA_START = len(GOLDEN) - 96
+
+
+def header(*kvs: bytes, tensors: bytes = b"", n_tensors: int = 0, version: int = 3) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", version, n_tensors, len(kvs)) + b"".join(kvs) + tensors
+
+
+def text(value: str | bytes) -> bytes:
+    raw = value.encode() if isinstance(value, str) else value
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def key(name: str, kind: int, value: bytes) -> bytes:
+    return text(name) + struct.pack("<I", kind) + value
+
+
+def info(name: str, shape: tuple[int, ...], kind: int, offset: int) -> bytes:
+    return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+
+
+def test_golden(tmp_path: Path) -> None:
+    path = tmp_path / "golden.gguf"
+    path.write_bytes(GOLDEN)
+    found = read_header(path)
+    q8 = BY_NAME["Q8_0"]
+    assert found.kvs == {"k": KV(ValueType.UINT32, 7)}
+    assert found.tensors == (TensorInfo("a", (2, 1), F32, 0), TensorInfo("b", (32,), q8, 32))
+    assert (found.version, found.alignment, found.data_start, found.file_size) == (3, 32, DATA_START, len(GOLDEN))
+    place = layout(found.kvs, [("a", (2, 1), F32), ("b", (32,), q8)])
+    assert place.header == GOLDEN[:DATA_START]
+    assert place.file_size == len(GOLDEN)
+    assert place.tensors == found.tensors
+    assert [padded_nbytes(t.shape, t.type) for t in found.tensors] == [32, 64]
+
+
+def test_truncated_at_every_byte(tmp_path: Path) -> None:
+    """Only the padding behind the last tensor may be missing."""
+    path = tmp_path / "cut.gguf"
+    for size in range(len(GOLDEN) - 30):
+        path.write_bytes(GOLDEN[:size])
+        with pytest.raises(FormatError) as caught:
+            read_header(path)
+        assert str(caught.value).startswith(f"{path}: ")
+        assert "\n" not in str(caught.value)
+    path.write_bytes(GOLDEN[: len(GOLDEN) - 30])
+    read_header(path)
+
+
+def test_every_byte_changed(tmp_path: Path) -> None:
+    """A changed byte is either refused or read as something that lies within the file."""
+    path = tmp_path / "bad.gguf"
+    refused = 0
+    for at in range(DATA_START):
+        for flip in (0x01, 0x80, 0xFF):
+            path.write_bytes(GOLDEN[:at] + bytes([GOLDEN[at] ^ flip]) + GOLDEN[at + 1 :])
+            try:
+                found = read_header(path)
+            except FormatError:
+                refused += 1
+            else:
+                assert all(found.data_start + t.offset + t.nbytes <= len(GOLDEN) for t in found.tensors)
+    assert refused > DATA_START
+
+
+KVS: dict[str, KV] = {
+    "general.architecture": string("olmoe"),
+    "u8": KV(ValueType.UINT8, 200),
+    "i8": KV(ValueType.INT8, -100),
+    "u16": KV(ValueType.UINT16, 60000),
+    "i16": KV(ValueType.INT16, -30000),
+    "u32": uint32(2**32 - 1),
+    "i32": KV(ValueType.INT32, -(2**31)),
+    "u64": KV(ValueType.UINT64, 2**64 - 1),
+    "i64": KV(ValueType.INT64, -(2**63)),
+    "f32": KV(ValueType.FLOAT32, 0.5),
+    "f64": KV(ValueType.FLOAT64, 0.1),
+    "yes": KV(ValueType.BOOL, True),
+    "text": string("naïve 🚀\n"),
+    "texts": KV(ValueType.ARRAY, ["a", "", "ü"], ValueType.STRING),
+    "numbers": KV(ValueType.ARRAY, [1, -2, 3], ValueType.INT32),
+    "bools": KV(ValueType.ARRAY, [True, False], ValueType.BOOL),
+}
+
+
+def test_gguf_py_reads_what_we_lay_out(tmp_path: Path) -> None:
+    values = np.arange(6, dtype="<f4")
+    write_raw_gguf(
+        tmp_path / "m.gguf",
+        KVS,
+        [("w", (3, 2), F32, values.tobytes()), ("h", (5,), F16, values[:5].astype("<f2").tobytes())],
+    )
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    for name, kv in KVS.items():
+        field = reader.get_field(name)
+        assert field is not None
+        assert field.types[0] == int(kv.type)
+        assert kv.sub_type is None or field.types[1] == int(kv.sub_type)
+        assert field.contents() == kv.value
+    assert [(t.name, t.shape.tolist()) for t in reader.tensors] == [("w", [3, 2]), ("h", [5])]
+    assert np.array_equal(reader.tensors[0].data, values.reshape(2, 3))
+    assert np.array_equal(reader.tensors[1].data, values[:5])
+
+
+def write_with_gguf_py(path: Path, alignment: int) -> None:
+    writer: Any = gguf.GGUFWriter(path, "olmoe")
+    if alignment != 32:
+        writer.add_custom_alignment(alignment)
+    for name, kv in KVS.items():
+        if name != "general.architecture":
+            kind, sub = gguf.GGUFValueType(kv.type), kv.sub_type and gguf.GGUFValueType(kv.sub_type)
+            writer.add_key_value(name, kv.value, kind, sub)
+    for n in (3, 40, 7):
+        writer.add_tensor(f"w{n}", np.full((2, n), n, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("alignment", [8, 32, 64, 4096])
+def test_same_bytes_as_gguf_py(tmp_path: Path, alignment: int) -> None:
+    path = tmp_path / "m.gguf"
+    write_with_gguf_py(path, alignment)
+    found = read_header(path)
+    assert {name: kv for name, kv in found.kvs.items() if name != "general.alignment"} == KVS
+    assert found.alignment == alignment
+    place = layout(found.kvs, [(t.name, t.shape, t.type) for t in found.tensors])
+    raw = path.read_bytes()
+    assert place.header == raw[: found.data_start]
+    assert place.file_size == len(raw)
+    for tensor, n in zip(found.tensors, (3, 40, 7), strict=True):
+        start = found.data_start + tensor.offset
+        assert raw[start : start + tensor.nbytes] == np.full((2, n), n, "<f4").tobytes()
+
+
+def test_bytes_that_are_no_utf8_survive(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    raw = header(key("token", 8, text(b"\xc3\x28")))
+    path.write_bytes(raw + b"\0" * (-len(raw) % 32))
+    found = read_header(path)
+    assert layout(found.kvs, []).header == path.read_bytes()
+
+
+A = info("a", (1,), 0, 0)
+HOSTILE = {
+    "empty": (b"", "not a GGUF file"),
+    "magic": (b"GGML" + bytes(60), "not a GGUF file"),
+    "version 1": (header(version=1), "GGUF version 1, expected 2 or 3"),
+    "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "GGUF version 50331648"),
+    "many tensors": (header(n_tensors=2**63), "tensor count is 9223372036854775808 at offset 8"),
+    "many keys": (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**40), "key-value count is 1099511627776"),
+    "long key": (header(struct.pack("<Q", 2**62) + b"k"), "length of key is 4611686018427387904"),
+    "long string": (header(key("k", 8, struct.pack("<Q", 2**63) + b"x")), "length of value of 'k'"),
+    "long array": (header(key("k", 9, struct.pack("<IQ", 6, 2**61))), "length of 'k' is 2305843009213693952"),
+    "many strings": (header(key("k", 9, struct.pack("<IQ", 8, 2**50))), "length of 'k'"),
+    "value type": (header(key("k", 13, bytes(8))), "key 'k' has unknown value type 13"),
+    "element type": (header(key("k", 9, struct.pack("<IQ", 99, 0))), "has unknown value type 99"),
+    "nested array": (header(key("k", 9, struct.pack("<IQ", 9, 0))), "is an array of arrays"),
+    "key twice": (header(key("k", 0, b"\1"), key("k", 0, b"\1")), "key 'k' appears twice"),
+    "alignment 0": (header(key("general.alignment", 4, bytes(4))), "general.alignment is 0"),
+    "alignment 48": (header(key("general.alignment", 4, b"\x30\0\0\0")), "general.alignment is 48"),
+    "alignment text": (header(key("general.alignment", 8, text("32"))), "general.alignment is '32'"),
+    "alignment list": (
+        header(key("general.alignment", 9, struct.pack("<IQI", 4, 1, 32))),
+        r"general.alignment is \[32\]",
+    ),
+    "tensor twice": (header(tensors=A + info("a", (1,), 0, 32), n_tensors=2), "tensor 'a' appears twice"),
+    "long name": (header(tensors=info("x" * 64, (1,), 0, 0), n_tensors=1), "is longer than 63 bytes"),
+    "no axes": (header(tensors=info("a", (), 0, 0), n_tensors=1), "has 0 dimensions"),
+    "five axes": (header(tensors=info("a", (1,) * 5, 0, 0), n_tensors=1), "has 5 dimensions"),
+    "no elements": (header(tensors=info("a", (0,), 0, 0), n_tensors=1), r"shape \[0\] cannot have type F32"),
+    "removed type": (header(tensors=info("a", (32,), 4, 0), n_tensors=1), "tensor 'a' has unknown type 4"),
+    "newer type": (header(tensors=info("a", (32,), 4000, 0), n_tensors=1), "tensor 'a' has unknown type 4000"),
+    "part of a block": (header(tensors=info("a", (33,), 8, 0), n_tensors=1), "whole blocks of 32"),
+    "huge": (header(tensors=info("a", (2**63,) * 4, 0, 0), n_tensors=1), "truncated GGUF: tensor 'a' ends at"),
+    "not at once": (header(tensors=info("a", (1,), 0, 32), n_tensors=1), "has offset 32, expected 0"),
+    "overlap": (header(tensors=A + info("b", (1,), 0, 0), n_tensors=2), "has offset 0, expected 32"),
+    "not aligned": (header(tensors=A + info("b", (1,), 0, 4), n_tensors=2), "has offset 4, expected 32"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile(tmp_path: Path, name: str) -> None:
+    raw, message = HOSTILE[name]
+    path = tmp_path / "bad.gguf"
+    # Data behind the header, so that nothing is refused just for being short
+    path.write_bytes(raw + bytes(256) if len(raw) else raw)
+    with pytest.raises(FormatError, match=message) as caught:
+        read_header(path)
+    assert str(path) in str(caught.value)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="cannot be read"):
+        read_header(tmp_path / "none.gguf")
+    with pytest.raises(FormatError, match="cannot be read"):
+        read_header(tmp_path)
+
+
+def test_names_that_llama_cpp_refuses_are_not_written() -> None:
+    layout({}, [("x" * 63, (1,), F32)])
+    with pytest.raises(FormatError, match="longer than 63 bytes"):
+        layout({}, [("ü" * 32, (1,), F32)])
+
+
+def test_pad() -> None:
+    assert [pad(n, 32) for n in (0, 1, 31, 32, 33)] == [0, 32, 32, 32, 64]

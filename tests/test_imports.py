@@ -1,0 +1,84 @@
+"""Who may import whom. Read from the source text, so that an import inside a function counts too."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("mopeq_edge", "converters", "runtime_tests", "tools")
+
+
+def imports_of(path: Path, root: Path = ROOT) -> set[str]:
+    """Full names of all modules that a file imports; for ``from a import b`` both ``a`` and ``a.b``."""
+    package = path.relative_to(root).with_suffix("").parts[:-1]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = (
+                ".".join((*package[: len(package) - node.level + 1], node.module or "")) if node.level else node.module
+            )
+            base = (base or "").rstrip(".")
+            found.add(base)
+            found.update(f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
+            "import_module",
+            "__import__",
+        ):
+            found.update(arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str))
+    return found
+
+
+def sources() -> Iterator[tuple[str, set[str]]]:
+    """(path from the root, top-level packages that it imports)."""
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            yield path.relative_to(ROOT).as_posix(), {name.partition(".")[0] for name in imports_of(path)}
+
+
+def breaches(names: set[str], inside: tuple[str, ...], allowed: tuple[str, ...] = ()) -> list[str]:
+    """Files under ``inside`` that import one of ``names``, apart from those under ``allowed``."""
+    return [
+        f"{path} imports {', '.join(sorted(imported & names))}"
+        for path, imported in sources()
+        if imported & names and path.startswith(inside) and not path.startswith(allowed)
+    ]
+
+
+def test_the_product_does_not_need_its_own_checks() -> None:
+    assert breaches({"runtime_tests", "tools", "tests"}, ("mopeq_edge/", "converters/")) == []
+
+
+def test_the_core_does_not_know_the_converters() -> None:
+    assert breaches({"converters"}, ("mopeq_edge/",), ("mopeq_edge/cli/", "mopeq_edge/pipeline")) == []
+
+
+def test_frameworks_stay_where_models_run() -> None:
+    inside = ("mopeq_edge/", "converters/", "runtime_tests/", "tools/")
+    assert breaches({"torch", "transformers"}, inside, ("mopeq_edge/calibrate/", "converters/")) == []
+
+
+def test_something_was_looked_at() -> None:
+    found = dict(sources())
+    assert "numpy" in found["mopeq_edge/source/model.py"]
+    assert "transformers" in found["converters/vocabulary.py"]  # inside a function
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("import torch.nn as nn", "torch.nn"),
+        ("def f():\n    from torch import nn", "torch"),
+        ("from ..cli import main", "mopeq_edge.cli.main"),
+        ("from . import solve", "mopeq_edge.plan.solve"),
+        ("import importlib\nimportlib.import_module('torch')", "torch"),
+    ],
+)
+def test_imports_are_seen(tmp_path: Path, text: str, name: str) -> None:
+    path = tmp_path / "mopeq_edge" / "plan" / "module.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    assert name in imports_of(path, tmp_path)
