@@ -23,6 +23,9 @@ FILE_TYPES: Mapping[str, int] = {
 
 QUANTIZATION_VERSION = 2
 
+IMATRIX_NAME = "imatrix.gguf"
+"""Name given for the imatrix, whichever kind it is: the header's size must not depend on the kind."""
+
 _UNKNOWN_HASH = "0" * 64
 
 

@@ -3,64 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from mopeq_edge.binding import Tokens
 from mopeq_edge.calibrate.blocks import BlockModel
 from mopeq_edge.calibrate.passes import backward, forward, one_torch_thread, output_sums
 from mopeq_edge.calibrate.states import HiddenStates
 from mopeq_edge.calibrate.statistics import Doubles, Routing, Sums
+from mopeq_edge.calibrate.tokens import token_windows
 from mopeq_edge.imatrix import GRADIENT, Imatrix
 from mopeq_edge.progress import Progress
 from mopeq_edge.sensitivity.pricing import Statistics
 from mopeq_edge.source.huggingface import HuggingFaceSource
+from mopeq_edge.source.model import Source
 
 
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """How to calibrate. ``fisher`` adds the backward pass; ``seed`` draws its labels."""
-
-    n_ctx: int = 512
-    chunks: int | None = 128
-    fisher: bool = True
-    seed: int = 1
-    threads: int = 1
+def calibrate_text(
+    source: Source,
+    text: str,
+    dataset: str,
+    *,
+    n_ctx: int,
+    chunks: int | None,
+    fisher: bool,
+    seed: int,
+    threads: int,
+    scratch: Path,
+    progress: Progress,
+) -> Statistics:
+    """Cut ``text`` into at most ``chunks`` windows of ``n_ctx`` tokens and run :func:`calibrate` on them."""
+    if not isinstance(source, HuggingFaceSource):
+        raise TypeError(f"expected a Hugging Face checkpoint, got {source.kind}")
+    windows = token_windows(source.kvs, text, n_ctx, chunks)
+    return calibrate(
+        source, windows, dataset, fisher=fisher, seed=seed, threads=threads, scratch=scratch, progress=progress
+    )
 
 
 def calibrate(
     source: HuggingFaceSource,
-    windows: npt.NDArray[np.int32],
+    windows: Tokens,
     dataset: str,
-    options: CalibrationOptions,
+    *,
+    fisher: bool,
+    seed: int,
+    threads: int,
     scratch: Path,
     progress: Progress,
 ) -> Statistics:
     """Stream ``windows`` [n_windows, n_ctx] through the model block by block.
 
-    ``dataset`` names the text in the imatrix; ``scratch`` is a folder for states that do not fit in
-    memory. The result does not depend on ``options.threads``.
+    ``dataset`` names the text in the imatrix; ``fisher`` adds the backward pass, whose labels ``seed`` draws;
+    ``scratch`` is a folder for states that do not fit in memory. The result does not depend on ``threads``.
     """
     n_windows, n_ctx = windows.shape
     model = BlockModel(source)
-    slots = model.n_layer + 1 if options.fisher else 1
+    slots = model.n_layer + 1 if fisher else 1
     last = slots - 1
     gradient: Imatrix | None = None
     states = HiddenStates(slots, n_windows, n_ctx, model.n_embd, scratch)
     try:
         with one_torch_thread():
-            sums, gate_weights = forward(
-                model, windows, states, keep=options.fisher, threads=options.threads, progress=progress
-            )
-            seed = options.seed * n_windows if options.fisher else None
+            sums, gate_weights = forward(model, windows, states, keep=fisher, threads=threads, progress=progress)
+            first_seed = seed * n_windows if fisher else None
             out, out_gradient = output_sums(
-                model, states, last, n_windows, seed=seed, threads=options.threads, progress=progress
+                model, states, last, n_windows, seed=first_seed, threads=threads, progress=progress
             )
             sums.merge(out)
-            if options.fisher:
-                gradients, embedding = backward(model, windows, states, threads=options.threads, progress=progress)
+            if fisher:
+                gradients, embedding = backward(model, windows, states, threads=threads, progress=progress)
                 gradients.merge(out_gradient)
                 gradients.add("token_embd.weight", 1, 0, embedding, windows.size)
                 gradient = _gradient_imatrix(gradients, sums, dataset, windows.shape)

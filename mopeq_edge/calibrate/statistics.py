@@ -14,7 +14,9 @@ from safetensors.numpy import save
 
 from mopeq_edge.atomic import atomic_write
 from mopeq_edge.errors import FormatError
-from mopeq_edge.imatrix import Entry, with_prior
+from mopeq_edge.imatrix import Entry, Imatrix, with_prior
+from mopeq_edge.source.model import Source
+from mopeq_edge.source.roles import Role, layer_of, projection_of
 
 Doubles = npt.NDArray[np.float64]
 
@@ -77,7 +79,8 @@ def write_routing(routing: Routing, path: Path, made_from: str) -> None:
     arrays: dict[str, npt.NDArray[np.generic]] = {"token_counts": routing.token_counts}
     for layer in sorted(routing.counts):
         arrays[f"blk.{layer}.counts"] = routing.counts[layer]
-        arrays[f"blk.{layer}.gate_weights"] = routing.gate_weights[layer]
+        if layer in routing.gate_weights:
+            arrays[f"blk.{layer}.gate_weights"] = routing.gate_weights[layer]
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -104,6 +107,24 @@ def read_routing(path: Path) -> Routing:
     return Routing(
         n_tokens=int(json.loads(metadata["info"])["n_tokens"]),
         counts={n: arrays[f"blk.{n}.counts"] for n in layers},
-        gate_weights={n: arrays[f"blk.{n}.gate_weights"] for n in layers},
+        gate_weights={n: arrays[f"blk.{n}.gate_weights"] for n in layers if f"blk.{n}.gate_weights" in arrays},
         token_counts=arrays["token_counts"],
     )
+
+
+def routing_from_imatrix(imatrix: Imatrix, source: Source, token_counts: Doubles | None = None) -> Routing:
+    """Routing as far as an imatrix tells: its counts; gate weights are unknown and left out.
+
+    Without ``token_counts`` [n_vocab] every token counts the same.
+    """
+    unrouted = set(imatrix.unrouted)
+    counts: dict[int, Doubles] = {}
+    for name, entry in imatrix.entries.items():
+        layer, projection = layer_of(name), projection_of(name)
+        if layer is not None and projection is not None:
+            seen = np.array([f"{name}[{expert}]" not in unrouted for expert in range(len(entry.counts))])
+            counts[layer] = np.where(seen, entry.counts, 0.0).astype(np.float64)
+    if token_counts is None:
+        vocabulary = next(t for t in source.tensors if t.role is Role.EMBEDDING)
+        token_counts = np.zeros(vocabulary.n_out)
+    return Routing(imatrix.n_tokens, counts, {}, token_counts)

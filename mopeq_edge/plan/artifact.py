@@ -10,6 +10,7 @@ from typing import Any
 
 from mopeq_edge.artifacts import digest, read_json, write_json
 from mopeq_edge.ggml.types import BY_NAME, GgmlType
+from mopeq_edge.source.model import SourceTensor
 
 FORMAT, VERSION = "mopeq-edge plan", 1
 STOCK = "stock"
@@ -49,6 +50,10 @@ class Plan:
     def type_of(self) -> dict[str, GgmlType]:
         """Type by tensor name."""
         return {t.name: BY_NAME[t.type] for t in self.tensors}
+
+    def is_quantized(self, tensor: PlannedTensor) -> bool:
+        """Whether the plan chose the type of ``tensor`` (a matrix, no norm, router or bias)."""
+        return SourceTensor(tensor.name, tensor.shape, BY_NAME[tensor.type]).quantizable
 
     def bytes_by_type(self) -> dict[str, int]:
         """Bytes of tensor data by type, largest first."""

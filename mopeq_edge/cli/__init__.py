@@ -1,0 +1,65 @@
+"""The command line: a table of commands, each imported when it is called."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from importlib import import_module
+
+import click
+
+from mopeq_edge import __version__
+from mopeq_edge.errors import MopeqError
+
+COMMANDS: Mapping[str, tuple[str, str, str]] = {
+    "convert": ("mopeq_edge.cli.convert", "convert", "All stages: a checkpoint to a GGUF under a byte budget."),
+    "inspect": ("mopeq_edge.cli.inspect", "inspect", "What is in a checkpoint or GGUF, and the sizes it can have."),
+    "calibrate": ("mopeq_edge.cli.stages", "calibrate", "Text to imatrix and routing statistics."),
+    "sensitivity": ("mopeq_edge.cli.stages", "sensitivity", "Measure what every type would hurt."),
+    "plan": ("mopeq_edge.cli.stages", "plan", "Choose types under a byte budget."),
+    "emit": ("mopeq_edge.cli.stages", "emit", "Write the GGUF of a plan."),
+    "evaluate": ("mopeq_edge.cli.evaluate", "evaluate", "KLD and PPL of a GGUF against its source."),
+    "runtime": ("mopeq_edge.cli.runtime", "runtime", "Install llama.cpp and show what is installed."),
+}
+"""Name: (module, attribute, one line of help), in the order of the pipeline."""
+
+
+class _Commands(click.Group):
+    """Imports a command only when it runs, so that on-device commands never load torch."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute, _ = COMMANDS[cmd_name]
+        command: click.Command = getattr(import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, help_line) for name, (_, _, help_line) in COMMANDS.items()])
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
+@click.version_option(__version__, prog_name="mopeq-edge")
+def cli() -> None:
+    """Mixture-of-Experts models on edge devices.
+
+    Measures how much quantization hurts each expert, plans GGUF types under a hard byte budget, writes the
+    file and proves it in llama.cpp.
+
+    \b
+    Example:
+      mopeq-edge convert model_dir out.gguf --target-gb 4 --text corpus.txt
+    """
+
+
+def main() -> None:
+    """Run the command line; an expected failure is one line on stderr and exit code 1."""
+    try:
+        cli()
+    except MopeqError as error:
+        click.echo(f"mopeq-edge: error: {' '.join(str(error).split())}", err=True)
+        sys.exit(1)

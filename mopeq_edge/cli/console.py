@@ -1,0 +1,115 @@
+"""What the commands share: progress bars on stderr, results on stdout, errors as one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+    from rich.table import Table
+
+    from mopeq_edge.progress import Progress
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+FILE = click.Path(path_type=Path)
+WIDTH = 80
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+
+def available_threads() -> int:
+    """CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def threads_option(command: F) -> F:
+    """``--threads``, by default all CPUs."""
+    return click.option(
+        "--threads", type=click.IntRange(min=1), default=available_threads, help="CPU threads (default: every CPU)."
+    )(command)
+
+
+class _BarStep:
+    def __init__(self, bars: RichProgress, task: TaskID) -> None:
+        self._bars, self._task = bars, task
+
+    def advance(self, amount: float = 1.0) -> None:
+        self._bars.advance(self._task, amount)
+
+
+class _Bars:
+    def __init__(self, bars: RichProgress) -> None:
+        self._bars = bars
+
+    @contextmanager
+    def step(self, title: str, total: float) -> Iterator[_BarStep]:
+        task = self._bars.add_task(title, total=total)
+        try:
+            yield _BarStep(self._bars, task)
+        finally:
+            self._bars.update(task, completed=total if sys.exc_info()[0] is None else None, refresh=True)
+
+    def note(self, message: str) -> None:
+        self._bars.console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def console_progress() -> Iterator[Progress]:
+    """Bars with rate and remaining time on stderr; where stderr is no terminal only the notes are printed."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description:<22}"),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(show_speed=True),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        yield _Bars(bars)
+
+
+def print_json(value: object) -> None:
+    """``value`` as JSON with sorted keys on stdout."""
+    click.echo(json.dumps(value, indent=2, sort_keys=True))
+
+
+def print_table(table: Table) -> None:
+    """A rich table on stdout, within :data:`WIDTH` columns."""
+    from rich.console import Console
+
+    Console(width=WIDTH).print(table)
+
+
+def rows_table(title: str, rows: list[tuple[str, str]]) -> Table:
+    """A table of names and values."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False, box=box.SIMPLE)
+    table.add_column("name", style="bold", no_wrap=True)
+    table.add_column("value", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -1,0 +1,122 @@
+"""``mopeq-edge convert``: all stages."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mopeq_edge.cli import options
+from mopeq_edge.cli.console import FILE, json_option, threads_option
+
+if TYPE_CHECKING:
+    from mopeq_edge.convert import Converted
+
+
+@click.command()
+@click.argument("model", type=FILE)
+@click.argument("out", type=FILE)
+@options.budget_options
+@options.calibration_options
+@options.plan_options
+@options.measure_options
+@click.option("--eval-text", type=FILE, help="Text to validate on (default: the calibration text's held-out tail).")
+@click.option("--no-evaluate", is_flag=True, help="Do not run the result in llama.cpp.")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@options.work_option
+@options.pre_option
+@threads_option
+@json_option
+def convert(model: Path, out: Path, **given: Any) -> None:
+    """Convert MODEL, a Hugging Face directory or GGUF, to OUT under a byte budget.
+
+    Calibrates on a text, measures what every candidate type would hurt, plans, writes OUT and compares it
+    with MODEL in llama.cpp. The artifacts stay in the work directory: another budget takes seconds.
+
+    \b
+    Example:
+      mopeq-edge convert OLMoE-1B-7B out.gguf --target-gb 4 --text corpus.txt
+    """
+    from mopeq_edge.cli.console import console_progress, print_json, print_table
+
+    with console_progress() as progress:
+        result = _run(model, out, given, progress)
+    if given["as_json"]:
+        print_json(result.as_dict())
+    else:
+        print_table(_table(result))
+
+
+def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Converted:
+    from mopeq_edge.atomic import atomic_write, check_output
+    from mopeq_edge.convert import ConvertRequest, convert, default_sensitivity, held_out
+    from mopeq_edge.evaluate.chunks import read_text
+    from mopeq_edge.pipeline import open_context
+
+    budget = options.budget(given["target_gb"], given["target_gib"], given["target_bpw"])
+    plan = options.plan_request(given["sensitivity"], given["types"], given["floors"])
+    work = options.work_directory(given["work_dir"], out)
+    context = open_context(model, work, pre=given["pre"], threads=given["threads"], progress=progress)
+    check_output(out, context.source.files, force=given["force"])
+    text = options.calibration_text(model, given["text"], given["imatrix"])
+    evaluation_text, evaluate = given["eval_text"], not given["no_evaluate"]
+    words, tail = held_out(
+        read_text(text) if text is not None else "", keep_back=evaluate and evaluation_text is None and text is not None
+    )
+    if tail:
+        evaluation_text = context.work.file("held-out.txt")
+        with atomic_write(evaluation_text) as file:
+            file.write(tail.encode())
+    calibration = options.calibration_request(
+        model,
+        text,
+        words,
+        imatrix=given["imatrix"],
+        ctx=given["ctx"],
+        chunks=given["chunks"],
+        fisher=given["fisher"],
+        seed=given["seed"],
+    )
+    if plan.sensitivity == "auto":
+        plan = replace(plan, sensitivity=default_sensitivity(context, calibration))
+    return convert(
+        context,
+        ConvertRequest(
+            output=out,
+            budget=budget,
+            calibration=calibration,
+            options=plan,
+            quantize_with=given["quantize_with"],
+            sample_rows=given["sample_rows"],
+            evaluation_text=evaluation_text,
+            evaluate=evaluate,
+            force=given["force"],
+        ),
+    )
+
+
+def _table(result: Converted) -> Any:
+    from mopeq_edge.cli.console import rows_table
+    from mopeq_edge.units import format_bytes
+
+    plan, evaluation = result.plan, result.evaluation
+    types = ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.bytes_by_type().items())
+    rows = [
+        ("file", f"{result.file_bytes:,} bytes of {plan.budget_bytes:,} allowed ({plan.bpw:.3f} bpw)"),
+        ("types", types),
+        ("optimality gap", f"{100 * plan.gap:.4f} %"),
+        ("imatrix", result.choice.sentence()),
+        ("predicted damage", f"{plan.damage:.6g} {plan.unit} ({plan.sensitivity})"),
+    ]
+    if evaluation is not None:
+        d = evaluation.divergence
+        rows += [
+            ("mean KLD", f"{d.kld_mean:.5f} ± {d.kld_mean_se:.5f} nats, median {d.kld_median:.5f}"),
+            ("99.9 % KLD", f"{d.kld_p99_9:.4f} nats"),
+            ("same top token", f"{100 * d.same_top:.2f} %"),
+            ("PPL", f"{d.ppl_target:.4f}, source {d.ppl_base:.4f}"),
+            ("measured on", f"{d.n_positions} held-out tokens, {evaluation.library}"),
+        ]
+    return rows_table(str(result.output), rows)

@@ -1,0 +1,59 @@
+"""``mopeq-edge inspect``: what a model is and what sizes a plan can give it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mopeq_edge.cli import options
+from mopeq_edge.cli.console import FILE, json_option
+
+
+@click.command()
+@click.argument("model", type=FILE)
+@click.option("--types", default="default", show_default=True, help="Candidate types: default, k, all, or a list.")
+@click.option("--floor", "floors", multiple=True, help="ROLE=TYPE or ROLE=BITS: least type of a role.")
+@options.pre_option
+@json_option
+def inspect(model: Path, types: str, floors: tuple[str, ...], pre: str | None, as_json: bool) -> None:
+    """Show architecture, experts, bytes by kind and the sizes that a plan for MODEL can have.
+
+    \b
+    Example:
+      mopeq-edge inspect OLMoE-1B-7B
+    """
+    from converters import CONVERTERS
+    from mopeq_edge.cli.console import print_json, print_table
+    from mopeq_edge.describe import describe
+    from mopeq_edge.source.open import open_source
+
+    source = open_source(model, CONVERTERS, pre)
+    found = describe(source, options.plan_request("weight-mse", types, floors), options.CALIBRATION_NAME)
+    if as_json:
+        print_json(found.as_dict())
+        return
+    for warning in source.warnings:
+        click.echo(f"note: {warning}", err=True)
+    print_table(_table(model, found))
+
+
+def _table(model: Path, found: Any) -> Any:
+    from mopeq_edge.cli.console import rows_table
+    from mopeq_edge.units import format_bytes
+
+    rows = [
+        ("architecture", f"{found.architecture}, {found.kind}"),
+        ("layers", str(found.n_layer)),
+        ("experts", f"{found.n_expert}, {found.n_expert_used} used per token"),
+        ("weights", f"{found.n_weights:,}"),
+        ("tensor data", f"{found.tensor_bytes:,} bytes ({found.bpw:.3f} bpw)"),
+    ]
+    for role, part in found.by_role.items():
+        rows.append((f"  {role}", f"{format_bytes(part.nbytes)}, {part.n_weights:,} weights ({', '.join(part.types)})"))
+    rows += [
+        ("smallest plan", f"{found.smallest_bytes:,} bytes ({format_bytes(found.smallest_bytes)})"),
+        ("largest plan", f"{found.largest_bytes:,} bytes ({format_bytes(found.largest_bytes)})"),
+    ]
+    return rows_table(str(model), rows)

@@ -1,0 +1,131 @@
+"""Options that several commands share, and how they become requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from mopeq_edge.cli.console import FILE
+
+if TYPE_CHECKING:
+    from mopeq_edge.pipeline import CalibrationRequest
+    from mopeq_edge.plan.budget import Budget
+    from mopeq_edge.plan.make import PlanOptions
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+CALIBRATION_NAME = "calibration.txt"
+"""A text of this name beside a checkpoint is calibrated on when no other is given."""
+
+
+def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def work_option(command: F) -> F:
+    """``--work-dir``."""
+    return click.option(
+        "--work-dir", type=FILE, help="Directory that keeps the artifacts (default: MODEL or OUT with .mopeq)."
+    )(command)
+
+
+def pre_option(command: F) -> F:
+    """``--pre``."""
+    return click.option("--pre", help="Name of the pre-tokenizer (tokenizer.ggml.pre), if it is not recognised.")(
+        command
+    )
+
+
+calibration_options = _stack(
+    click.option("--text", type=FILE, help="Text to calibrate on (default: calibration.txt in MODEL)."),
+    click.option("--imatrix", type=FILE, help="Use this imatrix of llama-imatrix instead of calibrating."),
+    click.option("--ctx", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of one window."),
+    click.option(
+        "--chunks", type=click.IntRange(min=1), default=128, show_default=True, help="Windows to read, at most."
+    ),
+    click.option(
+        "--fisher/--no-fisher", default=None, help="Also the gradient-weighted imatrix (default: for a checkpoint)."
+    ),
+    click.option("--seed", type=int, default=1, show_default=True, help="Draws the labels of --fisher."),
+)
+
+budget_options = _stack(
+    click.option("--target-gb", type=float, help="Largest file, in GB (1e9 bytes)."),
+    click.option("--target-gib", type=float, help="Largest file, in GiB (2^30 bytes)."),
+    click.option("--target-bpw", type=float, help="Most bits per weight, as llama.cpp counts them."),
+)
+
+plan_options = _stack(
+    click.option(
+        "--sensitivity",
+        type=click.Choice(["auto", "fisher", "imatrix", "weight-mse", "mopeq", "frequency"]),
+        default="auto",
+        show_default=True,
+        help="Score that prices errors; auto is fisher where there are gradients, else imatrix.",
+    ),
+    click.option("--types", default="default", show_default=True, help="Candidate types: default, k, all, or a list."),
+    click.option("--floor", "floors", multiple=True, help="ROLE=TYPE or ROLE=BITS: least type of a role."),
+)
+
+measure_options = _stack(
+    click.option("--sample-rows", type=click.IntRange(min=2), help="Rows measured of each matrix (default: all)."),
+    click.option(
+        "--quantize-with",
+        type=click.Choice(["auto", "activation", "gradient"]),
+        default="auto",
+        show_default=True,
+        help="Imatrix that weighs the quantizer; convert measures which is better.",
+    ),
+)
+
+
+def budget(target_gb: float | None, target_gib: float | None, target_bpw: float | None) -> Budget:
+    from mopeq_edge.plan.budget import Budget
+
+    return Budget(target_gb, target_gib, target_bpw)
+
+
+def plan_request(sensitivity: str, types: str, floors: tuple[str, ...]) -> PlanOptions:
+    from mopeq_edge.plan.candidates import parse_floors, parse_types
+    from mopeq_edge.plan.make import PlanOptions
+
+    return PlanOptions(sensitivity, parse_types(types), parse_floors(floors))
+
+
+def calibration_text(model: Path, text: Path | None, imatrix: Path | None) -> Path | None:
+    """The text to calibrate on: the given one, the one beside the checkpoint, or None for an imatrix."""
+    if text is not None or imatrix is not None:
+        return text
+    beside = (model if model.is_dir() else model.parent) / CALIBRATION_NAME
+    return beside if beside.is_file() else None
+
+
+def calibration_request(
+    model: Path,
+    text: Path | None,
+    words: str,
+    *,
+    imatrix: Path | None,
+    ctx: int,
+    chunks: int,
+    fisher: bool | None,
+    seed: int,
+) -> CalibrationRequest:
+    from mopeq_edge.pipeline import CalibrationRequest
+
+    wanted = model.is_dir() if fisher is None else fisher
+    name = text.name if text is not None else ""
+    return CalibrationRequest(words, name, ctx, chunks, wanted and imatrix is None, seed, imatrix)
+
+
+def work_directory(work_dir: Path | None, beside: Path) -> Path:
+    """The given directory, or ``NAME.mopeq`` in the current one for ``beside``."""
+    return work_dir if work_dir is not None else Path(f"{beside.resolve().name.removesuffix('.gguf')}.mopeq")

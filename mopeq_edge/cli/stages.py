@@ -1,0 +1,208 @@
+"""The single stages: ``calibrate``, ``sensitivity``, ``plan``, ``emit``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mopeq_edge.cli import options
+from mopeq_edge.cli.console import FILE, json_option, threads_option
+
+if TYPE_CHECKING:
+    from mopeq_edge.pipeline import Calibrated, Context
+    from mopeq_edge.plan.artifact import Plan
+
+
+def _context(model: Path, given: dict[str, Any], progress: Any) -> Context:
+    from mopeq_edge.pipeline import open_context
+
+    work = options.work_directory(given["work_dir"], model)
+    return open_context(model, work, pre=given.get("pre"), threads=given["threads"], progress=progress)
+
+
+def _finished_calibration(context: Context) -> Calibrated:
+    from mopeq_edge.pipeline import Calibrated, load_statistics
+
+    return Calibrated(load_statistics(context.work, context.progress), context.work.made_from("calibrate") or "")
+
+
+@click.command()
+@click.argument("model", type=FILE)
+@options.calibration_options
+@options.work_option
+@options.pre_option
+@threads_option
+@json_option
+def calibrate(model: Path, **given: Any) -> None:
+    """Run text through MODEL and keep its statistics in the work directory.
+
+    Leaves imatrix.gguf, with --fisher gradient.gguf (both serve llama-quantize too), and the routing.
+
+    \b
+    Example:
+      mopeq-edge calibrate OLMoE-1B-7B --text corpus.txt --work-dir olmoe.mopeq
+    """
+    from mopeq_edge.cli.console import console_progress, print_json, print_table, rows_table
+    from mopeq_edge.evaluate.chunks import read_text
+    from mopeq_edge.pipeline import run_calibrate
+
+    with console_progress() as progress:
+        context = _context(model, given, progress)
+        text = options.calibration_text(model, given["text"], given["imatrix"])
+        names = ("imatrix", "ctx", "chunks", "fisher", "seed")
+        request = options.calibration_request(
+            model, text, read_text(text) if text is not None else "", **{name: given[name] for name in names}
+        )
+        statistics = run_calibrate(context, request).statistics
+    routing, imatrix = statistics.routing, statistics.activation
+    summary = {
+        "tokens": routing.n_tokens if routing is not None else 0,
+        "entries": len(imatrix.entries) if imatrix is not None else 0,
+        "gradient_imatrix": statistics.gradient is not None,
+        "never_routed": list(imatrix.unrouted) if imatrix is not None else [],
+        "files": {name: str(context.work.file(name)) for name in context.work.files("calibrate")},
+    }
+    if given["as_json"]:
+        print_json(summary)
+        return
+    rows = [("tokens", f"{summary['tokens']:,}"), ("imatrix entries", str(summary["entries"]))]
+    rows += [(name, str(context.work.file(name))) for name in context.work.files("calibrate")]
+    print_table(rows_table(f"calibration of {model}", rows))
+
+
+@click.command()
+@click.argument("model", type=FILE)
+@click.option("--types", default="default", show_default=True, help="Candidate types: default, k, all, or a list.")
+@options.measure_options
+@options.work_option
+@options.pre_option
+@threads_option
+@json_option
+def sensitivity(model: Path, **given: Any) -> None:
+    """Quantize every expert of MODEL to every candidate type and price the error by every score.
+
+    \b
+    Example:
+      mopeq-edge sensitivity OLMoE-1B-7B --work-dir olmoe.mopeq --sample-rows 64
+    """
+    from mopeq_edge.cli.console import console_progress, print_json, print_table, rows_table
+    from mopeq_edge.imatrix import ACTIVATION, GRADIENT
+    from mopeq_edge.pipeline import run_sensitivity
+    from mopeq_edge.plan.candidates import parse_types
+    from mopeq_edge.sensitivity.scores import UNITS
+
+    with console_progress() as progress:
+        context = _context(model, given, progress)
+        calibrated = _finished_calibration(context)
+        kind = given["quantize_with"]
+        if kind == "auto":
+            kind = GRADIENT if calibrated.statistics.gradient is not None else ACTIVATION
+        table = run_sensitivity(context, calibrated, parse_types(given["types"]), kind, given["sample_rows"])
+    errors = {score: table.relative_error(score) for score in table.scores}
+    file = context.work.file(f"sensitivity-{kind}.safetensors")
+    if given["as_json"]:
+        print_json({"file": str(file), "quantized_with": kind, "relative_sampling_error": errors})
+        return
+    rows = [("file", str(file)), ("quantized with", f"{kind} imatrix"), ("tensors", str(len(table.errors)))]
+    rows += [(score, f"{UNITS[score]}; sampling error at most {100 * e:.2f} %") for score, e in errors.items()]
+    print_table(rows_table(f"sensitivity of {model}", rows))
+
+
+@click.command()
+@click.argument("model", type=FILE)
+@options.budget_options
+@options.plan_options
+@click.option("-o", "--output", type=FILE, help="Where to write the plan (default: plan.json in the work directory).")
+@click.option("--tensor-type-file", type=FILE, help="Also write the plan for llama-quantize --tensor-type-file.")
+@options.work_option
+@options.pre_option
+@threads_option
+@json_option
+def plan(model: Path, **given: Any) -> None:
+    """Choose a type for every tensor of MODEL under a byte budget; needs a finished sensitivity.
+
+    \b
+    Example:
+      mopeq-edge plan OLMoE-1B-7B --target-gb 4 --work-dir olmoe.mopeq
+    """
+    from mopeq_edge.atomic import atomic_write
+    from mopeq_edge.cli.console import console_progress, print_json, print_table
+    from mopeq_edge.pipeline import load_sensitivity, run_plan
+    from mopeq_edge.plan.artifact import tensor_type_lines, write_plan
+    from mopeq_edge.sensitivity.scores import FISHER, IMATRIX
+
+    budget = options.budget(given["target_gb"], given["target_gib"], given["target_bpw"])
+    request = options.plan_request(given["sensitivity"], given["types"], given["floors"])
+    with console_progress() as progress:
+        context = _context(model, given, progress)
+        calibrated = _finished_calibration(context)
+        table = load_sensitivity(context.work)
+        if request.sensitivity == "auto":
+            request = replace(request, sensitivity=FISHER if FISHER in table.scores else IMATRIX)
+        made = run_plan(context, table, calibrated.statistics, budget, request)
+    if given["output"] is not None:
+        write_plan(made, given["output"])
+    if given["tensor_type_file"] is not None:
+        lines = tensor_type_lines({t.name: t.type for t in made.tensors if made.is_quantized(t)})
+        with atomic_write(given["tensor_type_file"]) as file:
+            file.write(lines.encode())
+    if given["as_json"]:
+        print_json(made.as_dict())
+    else:
+        print_table(plan_table(made))
+
+
+def plan_table(made: Plan) -> Any:
+    """Sizes and types of a plan."""
+    from mopeq_edge.cli.console import rows_table
+    from mopeq_edge.units import format_bytes
+
+    types = ", ".join(f"{name} {format_bytes(size)}" for name, size in made.bytes_by_type().items())
+    rows = [
+        ("predicted file", f"{made.file_bytes:,} bytes of {made.budget_bytes:,} allowed ({made.bpw:.3f} bpw)"),
+        ("possible files", f"{made.smallest_bytes:,} to {made.largest_bytes:,} bytes"),
+        ("types", types),
+        ("predicted damage", f"{made.damage:.6g} {made.unit} ({made.sensitivity})"),
+        ("optimality gap", f"{100 * made.gap:.4f} %"),
+    ]
+    return rows_table(f"plan, {made.layout} layout", rows)
+
+
+@click.command()
+@click.argument("model", type=FILE)
+@click.argument("out", type=FILE)
+@click.option("--plan", "plan_file", type=FILE, help="Plan to write (default: plan.json in the work directory).")
+@click.option(
+    "--quantize-with", type=click.Choice(["activation", "gradient"]), help="Imatrix (default: the plan's own)."
+)
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@options.work_option
+@options.pre_option
+@threads_option
+@json_option
+def emit(model: Path, out: Path, **given: Any) -> None:
+    """Write the GGUF of a plan for MODEL and read it back.
+
+    \b
+    Example:
+      mopeq-edge emit OLMoE-1B-7B out.gguf --work-dir olmoe.mopeq
+    """
+    from mopeq_edge.atomic import check_output
+    from mopeq_edge.cli.console import console_progress, print_json
+    from mopeq_edge.pipeline import check_plan, run_emit
+    from mopeq_edge.plan.artifact import read_plan
+
+    with console_progress() as progress:
+        context = _context(model, given, progress)
+        check_output(out, context.source.files, force=given["force"])
+        made = read_plan(given["plan_file"] or context.work.file("plan.json"))
+        check_plan(made, context.source)
+        statistics = _finished_calibration(context).statistics
+        written = run_emit(context, made, statistics, out, given["quantize_with"])
+    if given["as_json"]:
+        print_json({"file_bytes": written, "output": str(out), "predicted_file_bytes": made.file_bytes})
+    else:
+        click.echo(f"{out}: {written:,} bytes, as planned")

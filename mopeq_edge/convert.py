@@ -1,0 +1,189 @@
+"""All stages in one: a checkpoint and a budget in, a proven GGUF out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mopeq_edge.artifacts import digest, read_json, write_json
+from mopeq_edge.atomic import check_output
+from mopeq_edge.calibrate.tokens import split_text
+from mopeq_edge.errors import PlanError
+from mopeq_edge.evaluate.chunks import Positions
+from mopeq_edge.evaluate.run import Evaluation, evaluate, make_reference
+from mopeq_edge.imatrix import ACTIVATION, GRADIENT
+from mopeq_edge.pipeline import (
+    Calibrated,
+    CalibrationRequest,
+    Context,
+    run_calibrate,
+    run_emit,
+    run_plan,
+    run_sensitivity,
+    source_gguf,
+)
+from mopeq_edge.plan.artifact import Plan
+from mopeq_edge.plan.budget import Budget
+from mopeq_edge.plan.make import PlanOptions
+from mopeq_edge.sensitivity.pricing import Statistics, require_scores
+from mopeq_edge.sensitivity.scores import FISHER, IMATRIX
+
+VALIDATION_FORMAT, CHOICE_FORMAT, VERSION = "mopeq-edge validation", "mopeq-edge imatrix choice", 1
+
+HELD_OUT = 0.1
+"""Share of the calibration text that is kept back to compare imatrices and to validate."""
+HELD_OUT_CHUNKS = 16
+
+
+@dataclass(frozen=True)
+class ConvertRequest:
+    """What to convert to. ``quantize_with``: ``activation``, ``gradient``, or ``auto`` to measure which is better.
+
+    ``sensitivity`` ``auto`` is ``fisher`` where there are gradients, else ``imatrix``. ``evaluation_text`` None
+    validates on the held-out tail of the calibration text.
+    """
+
+    output: Path
+    budget: Budget
+    calibration: CalibrationRequest
+    options: PlanOptions
+    quantize_with: str = "auto"
+    sample_rows: int | None = None
+    evaluation_text: Path | None = None
+    evaluate: bool = True
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class ImatrixChoice:
+    """Mean KLD in nats of the same plan quantized with each imatrix; ``chosen`` is the smaller one."""
+
+    chosen: str
+    kld: dict[str, float]
+
+    def sentence(self) -> str:
+        """Which imatrix measured better, and by how much."""
+        if len(self.kld) < 2:
+            return f"{self.chosen} imatrix (the only one)"
+        best, other = sorted(self.kld.values())
+        return (
+            f"{self.chosen} imatrix: mean KLD {best:.5f} against {other:.5f} nats on held-out text "
+            f"({100 * (1 - best / other) if other else 0:.1f} % less)"
+        )
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What came out."""
+
+    output: Path
+    file_bytes: int
+    plan: Plan
+    choice: ImatrixChoice
+    evaluation: Evaluation | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values with units in their names."""
+        return {
+            "budget_bytes": self.plan.budget_bytes,
+            "evaluation": self.evaluation.as_dict() if self.evaluation is not None else None,
+            "file_bytes": self.file_bytes,
+            "imatrix": asdict(self.choice),
+            "optimality_gap": self.plan.gap,
+            "output": self.output.name,
+            "plan_sha256": self.plan.sha256,
+            "predicted_damage": self.plan.damage,
+            "predicted_damage_unit": self.plan.unit,
+            "predicted_file_bytes": self.plan.file_bytes,
+            "sensitivity": self.plan.sensitivity,
+        }
+
+
+def default_sensitivity(context: Context, calibration: CalibrationRequest) -> str:
+    """``fisher`` where a backward pass is possible and wanted, else ``imatrix``."""
+    has_gradient = context.source.kind == "huggingface" and calibration.imatrix is None and calibration.fisher
+    return FISHER if has_gradient else IMATRIX
+
+
+def convert(context: Context, request: ConvertRequest) -> Converted:
+    """Calibrate, measure, plan, emit and validate; finished stages are reused.
+
+    The output is checked before anything is computed, and appears only when it is whole.
+    """
+    check_output(request.output, context.source.files, force=request.force)
+    calibrated = run_calibrate(context, request.calibration)
+    require_scores([request.options.sensitivity], calibrated.statistics)
+    kind = _first_kind(request, calibrated.statistics)
+    table = run_sensitivity(context, calibrated, request.options.types, kind, request.sample_rows)
+    plan = run_plan(context, table, calibrated.statistics, request.budget, request.options)
+    choice = _choose(context, request, calibrated, plan, kind)
+    written = run_emit(context, plan, calibrated.statistics, request.output, choice.chosen)
+    evaluation = None
+    if request.evaluate:
+        evaluation = _evaluate(context, request, request.output)
+    result = Converted(request.output, written, plan, choice, evaluation)
+    write_json(context.work.file("validation.json"), VALIDATION_FORMAT, VERSION, result.as_dict())
+    return result
+
+
+def held_out(text: str, *, keep_back: bool) -> tuple[str, str]:
+    """(calibration text, held-out text); without ``keep_back`` all of it calibrates."""
+    return split_text(text, HELD_OUT) if keep_back else (text, "")
+
+
+def _first_kind(request: ConvertRequest, statistics: Statistics) -> str:
+    """The imatrix that the sensitivity is measured with."""
+    if request.quantize_with != "auto":
+        if request.quantize_with == GRADIENT and statistics.gradient is None:
+            raise PlanError("--quantize-with gradient: there is no gradient-weighted imatrix; calibrate with --fisher")
+        return request.quantize_with
+    return GRADIENT if statistics.gradient is not None else ACTIVATION
+
+
+def _choose(context: Context, request: ConvertRequest, calibrated: Calibrated, plan: Plan, kind: str) -> ImatrixChoice:
+    """Quantize one plan with both imatrices and measure; remembered for later budgets."""
+    both = calibrated.statistics.gradient is not None and request.quantize_with == "auto" and request.evaluate
+    if not both:
+        return ImatrixChoice(kind, {})
+    stage, name = "imatrix-choice", "imatrix-choice.json"
+    made_from = digest(["choice 1", calibrated.made_from, context.source_sha256])
+    path = context.work.file(name)
+    if not context.work.has(stage, made_from):
+        kld = {}
+        for candidate in (ACTIVATION, GRADIENT):
+            trial = context.work.file(f"trial-{candidate}.gguf")
+            try:
+                run_emit(context, plan, calibrated.statistics, trial, candidate)
+                kld[candidate] = _evaluate(context, request, trial).divergence.kld_mean
+            finally:
+                trial.unlink(missing_ok=True)
+        write_json(path, CHOICE_FORMAT, VERSION, {"kld_mean_nats": kld})
+        context.work.record(stage, made_from, [name])
+    kld = read_json(path, CHOICE_FORMAT, VERSION)["kld_mean_nats"]
+    return ImatrixChoice(min(sorted(kld), key=lambda k: float(kld[k])), kld)
+
+
+def _evaluate(context: Context, request: ConvertRequest, target: Path) -> Evaluation:
+    """``target`` against the source, on the evaluation text or the held-out tail of the calibration text."""
+    positions: Positions = "second-half"
+    reference = make_reference(
+        source_gguf(context),
+        _evaluation_text(context, request),
+        context.work.path,
+        n_ctx=request.calibration.n_ctx,
+        n_chunks=HELD_OUT_CHUNKS,
+        positions=positions,
+        n_threads=context.threads,
+        source_sha256=context.source_sha256,
+        progress=context.progress,
+    )
+    return evaluate(target, reference, n_threads=context.threads, positions=positions, progress=context.progress)
+
+
+def _evaluation_text(context: Context, request: ConvertRequest) -> Path:
+    if request.evaluation_text is not None:
+        return request.evaluation_text
+    raise PlanError(
+        f"{context.source.path}: no text to validate on; give --eval-text FILE, or --no-evaluate to skip the validation"
+    )

@@ -1,0 +1,305 @@
+"""The stages on a work directory: each runs or is reused, and hands its artifact to the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from converters import CONVERTERS
+from mopeq_edge.artifacts import digest, file_digest
+from mopeq_edge.calibrate.statistics import read_routing, routing_from_imatrix, write_routing
+from mopeq_edge.emit import emit
+from mopeq_edge.errors import CalibrationError, PlanError
+from mopeq_edge.ggml.library import load_ggml
+from mopeq_edge.ggml.types import GgmlType
+from mopeq_edge.gguf_file import KV
+from mopeq_edge.imatrix import ACTIVATION, GRADIENT, Imatrix, read_imatrix, write_imatrix
+from mopeq_edge.output_kvs import IMATRIX_NAME, Provenance, file_type_of, output_kvs
+from mopeq_edge.plan.artifact import Plan, write_plan
+from mopeq_edge.plan.budget import Budget
+from mopeq_edge.plan.make import PlanOptions, make_plan
+from mopeq_edge.progress import Progress
+from mopeq_edge.sensitivity.pricing import Statistics, require_scores
+from mopeq_edge.sensitivity.run import measure_sensitivity
+from mopeq_edge.sensitivity.table import SensitivityTable, read_table, write_table
+from mopeq_edge.source.model import Source
+from mopeq_edge.source.open import open_source, source_files_digest
+from mopeq_edge.workdir import WorkDirectory
+
+ACTIVATION_FILE, GRADIENT_FILE, ROUTING_FILE = "imatrix.gguf", "gradient.gguf", "routing.safetensors"
+NO_IMATRIX = "none"
+
+
+@dataclass(frozen=True)
+class Context:
+    """One source with its work directory: what every stage needs."""
+
+    source: Source
+    source_sha256: str
+    work: WorkDirectory
+    threads: int
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """Where the statistics come from: a text, or an imatrix that llama-imatrix made.
+
+    ``text`` is the calibration text itself and ``dataset`` its name.
+    """
+
+    text: str = ""
+    dataset: str = ""
+    n_ctx: int = 512
+    chunks: int | None = None
+    fisher: bool = True
+    seed: int = 1
+    imatrix: Path | None = None
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Statistics, and the hash of what they were made from."""
+
+    statistics: Statistics
+    made_from: str
+
+
+def open_context(model: Path, work: Path, *, pre: str | None, threads: int, progress: Progress) -> Context:
+    """Open ``model`` and say what its user should know."""
+    source = open_source(model, CONVERTERS, pre)
+    for warning in source.warnings:
+        progress.note(f"note: {warning}")
+    directory = WorkDirectory(work)
+    return Context(source, source_files_digest(source, directory.file("hashes.json")), directory, threads, progress)
+
+
+def run_calibrate(context: Context, request: CalibrationRequest) -> Calibrated:
+    """The calibrate stage, reused when source, text and options are the same."""
+    if request.imatrix is not None:
+        return _foreign_imatrix(context, request.imatrix)
+    if not request.text:
+        raise CalibrationError(f"{context.source.path}: no text to calibrate on; give --text FILE or --imatrix FILE")
+    if request.fisher and context.source.kind != "huggingface":
+        raise CalibrationError(
+            f"{context.source.path}: gradients need the Hugging Face directory, this is a GGUF; "
+            "calibrate that directory, or leave out --fisher and use --sensitivity imatrix"
+        )
+    options = (request.n_ctx, request.chunks, request.fisher, request.seed)
+    made_from = digest(["calibration 1", context.source_sha256, digest(request.text), *options])
+    if not context.work.has("calibrate", made_from):
+        statistics = _calibrate(context, request)
+        names = _write_statistics(context.work, statistics, made_from)
+        context.work.record("calibrate", made_from, names)
+    return Calibrated(load_statistics(context.work, context.progress), made_from)
+
+
+def load_statistics(work: WorkDirectory, progress: Progress) -> Statistics:
+    """Statistics of the finished calibrate stage. Raises :class:`CalibrationError` if there is none."""
+    names = work.files("calibrate")
+    if ACTIVATION_FILE not in names:
+        raise CalibrationError(f"{work.path}: has no finished calibration; run mopeq-edge calibrate first")
+    statistics = Statistics(
+        activation=read_imatrix(work.file(ACTIVATION_FILE)),
+        gradient=read_imatrix(work.file(GRADIENT_FILE)) if GRADIENT_FILE in names else None,
+        routing=read_routing(work.file(ROUTING_FILE)),
+    )
+    _note_unrouted(statistics, progress)
+    return statistics
+
+
+def run_sensitivity(
+    context: Context,
+    calibrated: Calibrated | None,
+    types: tuple[GgmlType, ...],
+    quantize_with: str,
+    sample_rows: int | None,
+) -> SensitivityTable:
+    """The sensitivity stage; ``calibrated`` None measures without an imatrix."""
+    inputs = (context.source_sha256, calibrated.made_from if calibrated else NO_IMATRIX)
+    made_from = digest(["sensitivity 1", *inputs, sorted(t.name for t in types), quantize_with, sample_rows])
+    stage, name = f"sensitivity-{quantize_with}", f"sensitivity-{quantize_with}.safetensors"
+    if not context.work.has(stage, made_from):
+        table = measure_sensitivity(
+            context.source,
+            types,
+            calibrated.statistics if calibrated else Statistics(),
+            quantize_with,
+            load_ggml(),
+            sample_rows=sample_rows,
+            threads=context.threads,
+            made_from=made_from,
+            progress=context.progress,
+        )
+        write_table(table, context.work.file(name))
+        context.work.record(stage, made_from, [name])
+    return read_table(context.work.file(name))
+
+
+def run_plan(
+    context: Context, table: SensitivityTable, statistics: Statistics, budget: Budget, options: PlanOptions
+) -> Plan:
+    """The plan stage: seconds, so it always runs. Leaves plan.json."""
+    require_scores([options.sensitivity], statistics)
+    kvs = _kvs(context, statistics, table.quantized_with, file_type=0, plan_sha256=None)
+    plan = make_plan(context.source, table, kvs, budget, options)
+    write_plan(plan, context.work.file("plan.json"))
+    return plan
+
+
+def run_emit(
+    context: Context, plan: Plan, statistics: Statistics, output: Path, quantize_with: str | None = None
+) -> int:
+    """The emit stage: the planned file, byte for byte as large as planned. Returns its bytes."""
+    kind = quantize_with or plan.quantized_with
+    types = plan.type_of()
+    specs = [(t.name, t.shape, types[t.name]) for t in context.source.tensors]
+    kvs = _kvs(context, statistics, kind, file_type_of(specs), plan.sha256)
+    return emit(
+        context.source,
+        types,
+        kvs,
+        quantizer(statistics, kind),
+        load_ggml(),
+        output,
+        threads=context.threads,
+        progress=context.progress,
+    )
+
+
+def source_gguf(context: Context) -> Path:
+    """The source as a GGUF without loss: itself, or a copy in the work directory."""
+    if context.source.kind == "gguf":
+        return context.source.path
+    name, made_from = "source.gguf", digest(["source 1", context.source_sha256])
+    if not context.work.has("source", made_from):
+        types = {t.name: t.type for t in context.source.tensors}
+        output = context.work.file(name)
+        emit(
+            context.source,
+            types,
+            context.source.kvs,
+            None,
+            load_ggml(),
+            output,
+            threads=context.threads,
+            progress=context.progress,
+        )
+        context.work.record("source", made_from, [name])
+    return context.work.file(name)
+
+
+def quantizer(statistics: Statistics, kind: str) -> Imatrix | None:
+    """The imatrix that weighs the quantizer."""
+    return {ACTIVATION: statistics.activation, GRADIENT: statistics.gradient}.get(kind)
+
+
+def imatrix_file(kind: str) -> str:
+    """Name of the imatrix of ``kind`` in a work directory."""
+    return {ACTIVATION: ACTIVATION_FILE, GRADIENT: GRADIENT_FILE}[kind]
+
+
+def _kvs(context: Context, statistics: Statistics, kind: str, file_type: int, plan_sha256: str | None) -> dict[str, KV]:
+    imatrix = quantizer(statistics, kind)
+    provenance = Provenance(context.source_sha256, plan_sha256) if plan_sha256 else Provenance()
+    return output_kvs(context.source.kvs, file_type, imatrix, IMATRIX_NAME, provenance)
+
+
+def _calibrate(context: Context, request: CalibrationRequest) -> Statistics:
+    if context.source.kind == "gguf":
+        from mopeq_edge.calibrate.from_gguf import calibrate_gguf
+
+        return calibrate_gguf(
+            context.source,
+            request.text,
+            request.dataset,
+            n_ctx=request.n_ctx,
+            chunks=request.chunks,
+            threads=context.threads,
+            progress=context.progress,
+        )
+    from mopeq_edge.calibrate.run import calibrate_text
+
+    return calibrate_text(
+        context.source,
+        request.text,
+        request.dataset,
+        n_ctx=request.n_ctx,
+        chunks=request.chunks,
+        fisher=request.fisher,
+        seed=request.seed,
+        threads=context.threads,
+        scratch=context.work.path,
+        progress=context.progress,
+    )
+
+
+def _foreign_imatrix(context: Context, path: Path) -> Calibrated:
+    imatrix = read_imatrix(path)
+    check_imatrix(imatrix, path, context.source)
+    statistics = Statistics(activation=imatrix, routing=routing_from_imatrix(imatrix, context.source))
+    made_from = digest(["imatrix 1", file_digest(path)])
+    names = _write_statistics(context.work, statistics, made_from)
+    context.work.record("calibrate", made_from, names)
+    _note_unrouted(statistics, context.progress)
+    return Calibrated(statistics, made_from)
+
+
+def check_imatrix(imatrix: Imatrix, path: Path, source: Source) -> None:
+    """Raise :class:`CalibrationError` for an imatrix of another model."""
+    for tensor in source.tensors:
+        entry = imatrix.entries.get(tensor.name)
+        expected = (tensor.n_matrices, tensor.n_in)
+        if entry is not None and entry.sums.shape != expected:
+            raise CalibrationError(
+                f"{path}: entry '{tensor.name}' has shape {list(entry.sums.shape)}, expected {list(expected)} "
+                f"as in {source.path}; it was made for another model"
+            )
+        if entry is None and tensor.projection is not None:
+            raise CalibrationError(
+                f"{path}: has no entry for '{tensor.name}' of {source.path}; it was made for another model"
+            )
+
+
+def _write_statistics(work: WorkDirectory, statistics: Statistics, made_from: str) -> list[str]:
+    names = [ACTIVATION_FILE, ROUTING_FILE]
+    assert statistics.activation is not None
+    assert statistics.routing is not None
+    write_imatrix(statistics.activation, work.file(ACTIVATION_FILE))
+    write_routing(statistics.routing, work.file(ROUTING_FILE), made_from)
+    if statistics.gradient is not None:
+        write_imatrix(statistics.gradient, work.file(GRADIENT_FILE))
+        names.append(GRADIENT_FILE)
+    return names
+
+
+def _note_unrouted(statistics: Statistics, progress: Progress) -> None:
+    unrouted = statistics.activation.unrouted if statistics.activation is not None else ()
+    experts = sorted({name.split(".ffn_")[0] + "[" + name.split("[")[1] for name in unrouted})
+    if experts:
+        shown = ", ".join(experts[:8]) + (", …" if len(experts) > 8 else "")
+        progress.note(
+            f"note: never-routed experts ({len(experts)}): {shown}; priced by their layer's mean at one token, "
+            "more text may reach them"
+        )
+
+
+def load_sensitivity(work: WorkDirectory) -> SensitivityTable:
+    """The finished sensitivity stage. Raises :class:`PlanError` if there is none."""
+    for kind in (GRADIENT, ACTIVATION):
+        if work.files(f"sensitivity-{kind}"):
+            return read_table(work.file(f"sensitivity-{kind}.safetensors"))
+    raise PlanError(f"{work.path}: has no finished sensitivity; run mopeq-edge sensitivity first")
+
+
+def check_plan(plan: Plan, source: Source) -> None:
+    """Raise :class:`PlanError` for a plan that was made for another model."""
+    planned = {t.name: t.shape for t in plan.tensors}
+    for tensor in source.tensors:
+        if planned.pop(tensor.name, None) != tensor.shape:
+            raise PlanError(
+                f"tensor '{tensor.name}' of {source.path} has shape {list(tensor.shape)} and is not so in the plan; "
+                "the plan was made for another model, run mopeq-edge plan again"
+            )
+    if planned:
+        raise PlanError(f"the plan has tensor '{next(iter(planned))}', which {source.path} lacks; plan again")

@@ -1,0 +1,60 @@
+"""The work directory: artifacts of finished stages, and what each was made from.
+
+``stages.json`` records for every stage the hash of its inputs and the hash of each file it left. A stage is
+reused only when both still match, so a changed input, option or file runs it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mopeq_edge.artifacts import file_digest, read_json, write_json
+from mopeq_edge.errors import FormatError
+
+FORMAT, VERSION = "mopeq-edge work directory", 1
+
+
+class WorkDirectory:
+    """One directory of artifacts."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def file(self, name: str) -> Path:
+        """Where the artifact ``name`` is or will be."""
+        return self.path / name
+
+    def has(self, stage: str, made_from: str) -> bool:
+        """Whether ``stage`` was finished from inputs of hash ``made_from`` and its files are unchanged."""
+        record = self._stages().get(stage)
+        if record is None or record["made_from"] != made_from:
+            return False
+        return all(self.file(n).is_file() and file_digest(self.file(n)) == h for n, h in record["files"].items())
+
+    def files(self, stage: str) -> tuple[str, ...]:
+        """Names of the files that ``stage`` left; empty if it never finished."""
+        record = self._stages().get(stage)
+        return tuple(sorted(record["files"])) if record is not None else ()
+
+    def made_from(self, stage: str) -> str | None:
+        """The input hash of the finished ``stage``, or None."""
+        record = self._stages().get(stage)
+        return str(record["made_from"]) if record is not None else None
+
+    def record(self, stage: str, made_from: str, names: Sequence[str]) -> None:
+        """Note that ``stage`` is finished and left the files ``names``."""
+        stages = self._stages()
+        stages[stage] = {"made_from": made_from, "files": {name: file_digest(self.file(name)) for name in names}}
+        write_json(self.file("stages.json"), FORMAT, VERSION, {"stages": stages})
+
+    def _stages(self) -> dict[str, Any]:
+        path = self.file("stages.json")
+        if not path.exists():
+            return {}
+        try:
+            return dict(read_json(path, FORMAT, VERSION)["stages"])
+        except (FormatError, KeyError):
+            # an unreadable record only means that nothing can be reused
+            return {}
