@@ -1,0 +1,53 @@
+# On a fresh machine `make demo` or `make test` alone sets everything up: a virtual environment, the packages,
+# and llama.cpp, which is built once and kept in ~/.cache/mopeq-edge.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+BUDGET_GB ?= 0.0085
+
+.PHONY: setup runtime demo test unit check format table clean
+
+setup: $(READY)
+
+# torch first and pinned: a loose range elsewhere would bring the CUDA build. The binding comes without its own
+# libraries, because `runtime install` builds them together with the tools.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet cmake ninja
+	CMAKE_ARGS=-DLLAMA_BUILD=OFF $(BIN)/pip install --quiet --no-cache-dir -e '.[calibrate,dev]'
+	touch $(READY)
+
+runtime: $(READY)
+	$(BIN)/mopeq-edge runtime install
+
+demo: runtime
+	mkdir -p demo
+	$(BIN)/mopeq-edge inspect examples/tiny-olmoe
+	$(BIN)/mopeq-edge convert examples/tiny-olmoe demo/tiny-olmoe.gguf --target-gb $(BUDGET_GB) --work-dir demo/work --force
+	$(BIN)/pytest runtime_tests --model demo/tiny-olmoe.gguf
+	@ls -l demo/tiny-olmoe.gguf
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: runtime check
+	$(BIN)/pytest
+
+unit: $(READY)
+	$(BIN)/pytest -m "not runtime"
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The README's table: five budgets against llama-quantize's presets of the same imatrix.
+table: runtime
+	$(BIN)/python tools/compare_presets.py examples/tiny-olmoe --work-dir demo/presets
+
+clean:
+	rm -rf $(VENV) demo
