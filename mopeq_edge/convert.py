@@ -17,6 +17,7 @@ from mopeq_edge.pipeline import (
     Calibrated,
     CalibrationRequest,
     Context,
+    check_budget,
     run_calibrate,
     run_emit,
     run_plan,
@@ -112,6 +113,7 @@ def convert(context: Context, request: ConvertRequest) -> Converted:
     The output is checked before anything is computed, and appears only when it is whole.
     """
     check_output(request.output, context.source.files, force=request.force)
+    check_budget(context, request.calibration, request.budget, request.options)
     calibrated = run_calibrate(context, request.calibration)
     require_scores([request.options.sensitivity], calibrated.statistics)
     kind = _first_kind(request, calibrated.statistics)

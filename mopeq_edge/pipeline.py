@@ -17,7 +17,7 @@ from mopeq_edge.imatrix import ACTIVATION, GRADIENT, Imatrix, read_imatrix, writ
 from mopeq_edge.output_kvs import IMATRIX_NAME, Provenance, file_type_of, output_kvs
 from mopeq_edge.plan.artifact import Plan, write_plan
 from mopeq_edge.plan.budget import Budget
-from mopeq_edge.plan.make import PlanOptions, make_plan
+from mopeq_edge.plan.make import PlanOptions, make_plan, require_budget
 from mopeq_edge.progress import Progress
 from mopeq_edge.sensitivity.pricing import Statistics, require_scores
 from mopeq_edge.sensitivity.run import measure_sensitivity
@@ -134,6 +134,13 @@ def run_sensitivity(
         write_table(table, context.work.file(name))
         context.work.record(stage, made_from, [name])
     return read_table(context.work.file(name))
+
+
+def check_budget(context: Context, request: CalibrationRequest, budget: Budget, options: PlanOptions) -> None:
+    """Raise :class:`PlanError` for a budget below the exact minimum, before anything is computed."""
+    datasets = read_imatrix(request.imatrix).datasets if request.imatrix is not None else (request.dataset,)
+    kvs = output_kvs(context.source.kvs, 0, Imatrix({}, datasets, 0, 0), IMATRIX_NAME, Provenance())
+    require_budget(context.source, kvs, budget, options)
 
 
 def run_plan(

@@ -53,11 +53,7 @@ def make_plan(
     smallest = choices.fixed_bytes + smallest_cost(choices.groups)
     largest = choices.fixed_bytes + largest_cost(choices.groups)
     limit = budget.file_bytes(header, source.tensors)
-    if limit < smallest:
-        raise PlanError(
-            f"budget of {budget} ({limit} bytes): the smallest file these types and floors allow has {smallest} "
-            f"bytes ({format_bytes(smallest)}); raise the budget, add smaller --types or lower a --floor"
-        )
+    _require_room(budget, limit, smallest)
     solution = solve(choices.groups, limit - choices.fixed_bytes)
     chosen = {
         tensor.name: (types[pick], group.costs[pick], group.damages[pick])
@@ -87,6 +83,21 @@ def make_plan(
         ),
         tensors=tuple(planned),
     )
+
+
+def require_budget(source: Source, kvs: Mapping[str, KV], budget: Budget, options: PlanOptions) -> None:
+    """Raise :class:`PlanError` for a budget that no plan can meet, from shapes alone: before hours of work."""
+    header = len(layout(kvs, [(t.name, t.shape, t.type) for t in source.tensors]).header)
+    smallest, _ = size_range(source, kvs, options, has_imatrix=True)
+    _require_room(budget, budget.file_bytes(header, source.tensors), smallest)
+
+
+def _require_room(budget: Budget, limit: int, smallest: int) -> None:
+    if limit < smallest:
+        raise PlanError(
+            f"budget of {budget} ({limit} bytes): the smallest file these types and floors allow has {smallest} "
+            f"bytes ({format_bytes(smallest)}); raise the budget, add smaller --types or lower a --floor"
+        )
 
 
 def size_range(source: Source, kvs: Mapping[str, KV], options: PlanOptions, *, has_imatrix: bool) -> tuple[int, int]:
