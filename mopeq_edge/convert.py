@@ -41,8 +41,8 @@ HELD_OUT_CHUNKS = 16
 class ConvertRequest:
     """What to convert to. ``quantize_with``: ``activation``, ``gradient``, or ``auto`` to measure which is better.
 
-    ``sensitivity`` ``auto`` is ``fisher`` where there are gradients, else ``imatrix``. ``evaluation_text`` None
-    validates on the held-out tail of the calibration text.
+    ``evaluation_text`` must not be part of the calibration text; the first :data:`HELD_OUT_CHUNKS` windows of it
+    are read.
     """
 
     output: Path
@@ -113,6 +113,10 @@ def convert(context: Context, request: ConvertRequest) -> Converted:
     The output is checked before anything is computed, and appears only when it is whole.
     """
     check_output(request.output, context.source.files, force=request.force)
+    if request.evaluate and request.evaluation_text is None:
+        raise PlanError(
+            f"{context.source.path}: no text to validate on; give --eval-text FILE, or --no-evaluate to skip that"
+        )
     check_budget(context, request.calibration, request.budget, request.options)
     calibrated = run_calibrate(context, request.calibration)
     require_scores([request.options.sensitivity], calibrated.statistics)
@@ -167,11 +171,13 @@ def _choose(context: Context, request: ConvertRequest, calibrated: Calibrated, p
 
 
 def _evaluate(context: Context, request: ConvertRequest, target: Path) -> Evaluation:
-    """``target`` against the source, on the evaluation text or the held-out tail of the calibration text."""
+    """``target`` against the source on the evaluation text."""
+    if request.evaluation_text is None:
+        raise ValueError("nothing to evaluate on")
     positions: Positions = "second-half"
     reference = make_reference(
         source_gguf(context),
-        _evaluation_text(context, request),
+        request.evaluation_text,
         context.work.path,
         n_ctx=request.calibration.n_ctx,
         n_chunks=HELD_OUT_CHUNKS,
@@ -181,11 +187,3 @@ def _evaluate(context: Context, request: ConvertRequest, target: Path) -> Evalua
         progress=context.progress,
     )
     return evaluate(target, reference, n_threads=context.threads, positions=positions, progress=context.progress)
-
-
-def _evaluation_text(context: Context, request: ConvertRequest) -> Path:
-    if request.evaluation_text is not None:
-        return request.evaluation_text
-    raise PlanError(
-        f"{context.source.path}: no text to validate on; give --eval-text FILE, or --no-evaluate to skip the validation"
-    )
