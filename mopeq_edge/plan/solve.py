@@ -18,6 +18,9 @@ from scipy.sparse import csr_matrix
 
 from mopeq_edge.errors import PlanError
 
+ATTEMPTS = 20
+"""How often HiGHS is asked before the best solution so far is taken."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -59,14 +62,16 @@ def solve(groups: Sequence[Group], budget: int, *, time_limit: float = 60.0) -> 
     if least > budget:
         raise PlanError(f"budget of {budget} bytes: the smallest choice takes {least} bytes")
     pruned = [_undominated(group) for group in groups]
-    greedy = _greedy(groups, pruned, budget)
-    best, bound = greedy, 0.0
-    # HiGHS may overstep the budget by its tolerance; then ask again with that much less
-    capacity = budget
-    for _ in range(4):
-        choice, dual = _highs(groups, pruned, capacity, greedy, time_limit)
-        if capacity == budget:
-            bound = dual
+    best = greedy = _greedy(groups, pruned, budget)
+    if not any(len(options) > 1 for options in pruned):
+        return Solution(best.choice, best.cost, best.damage, best.damage)
+    bound = 0.0
+    # HiGHS rounds: a choice may exceed the budget by its tolerance. Cut off that choice, and all that cost at least
+    # as much in every group, and ask again: the optimum stays.
+    too_big: list[list[int]] = []
+    for _ in range(ATTEMPTS):
+        choice, dual = _highs(groups, pruned, budget, greedy, too_big, time_limit)
+        bound = max(bound, dual)
         if choice is None:
             break
         found = _evaluate(groups, choice)
@@ -74,7 +79,7 @@ def solve(groups: Sequence[Group], budget: int, *, time_limit: float = 60.0) -> 
             if found.damage < best.damage or (found.damage == best.damage and found.cost < best.cost):
                 best = found
             break
-        capacity -= found.cost - budget
+        too_big.append(choice)
     return Solution(best.choice, best.cost, best.damage, min(bound, best.damage))
 
 
@@ -128,9 +133,14 @@ def _hull(group: Group, options: Sequence[int]) -> list[int]:
 
 
 def _highs(
-    groups: Sequence[Group], pruned: Sequence[list[int]], capacity: int, greedy: Solution, time_limit: float
+    groups: Sequence[Group],
+    pruned: Sequence[list[int]],
+    budget: int,
+    greedy: Solution,
+    too_big: Sequence[list[int]],
+    time_limit: float,
 ) -> tuple[list[int] | None, float]:
-    """(choice or None, lower bound on the damage) from HiGHS."""
+    """(choice or None, lower bound on the damage) from HiGHS. ``too_big`` are choices known to exceed the budget."""
     # costs over their common divisor and damages over the greedy total keep both in HiGHS's best range
     unit = math.gcd(*(c for g in groups for c in g.costs)) or 1
     base = [g.costs[options[0]] for g, options in zip(groups, pruned, strict=True)]
@@ -141,7 +151,7 @@ def _highs(
     n = sum(sizes)
     rows = np.repeat(np.arange(len(groups)), sizes)
     one_each = csr_matrix((np.ones(n), (rows, np.arange(n))), shape=(len(groups), n))
-    room = (capacity - sum(base)) // unit
+    room = (budget - sum(base)) // unit
     result = milp(
         c=np.array(damages),
         integrality=np.ones(n, dtype=np.int64),
@@ -149,6 +159,7 @@ def _highs(
         constraints=[
             LinearConstraint(one_each, 1, 1),
             LinearConstraint(csr_matrix(np.array(costs, dtype=float)), -np.inf, room),
+            *(LinearConstraint(_cover(groups, pruned, choice), -np.inf, len(groups) - 1) for choice in too_big),
         ],
         options={"time_limit": time_limit, "mip_rel_gap": 0.0},
     )
@@ -161,3 +172,13 @@ def _highs(
         choice.append(options[int(np.argmax(result.x[at : at + size]))])
         at += size
     return choice, bound
+
+
+def _cover(groups: Sequence[Group], pruned: Sequence[list[int]], choice: Sequence[int]) -> csr_matrix:
+    """A row of ones at all options that cost at least what ``choice`` does: with one in every group it is too big."""
+    row = [
+        float(group.costs[i] >= group.costs[picked])
+        for group, options, picked in zip(groups, pruned, choice, strict=True)
+        for i in options
+    ]
+    return csr_matrix(np.array(row))
