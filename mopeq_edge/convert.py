@@ -18,6 +18,7 @@ from mopeq_edge.pipeline import (
     CalibrationRequest,
     Context,
     check_budget,
+    check_calibration,
     run_calibrate,
     run_emit,
     run_plan,
@@ -113,6 +114,7 @@ def convert(context: Context, request: ConvertRequest) -> Converted:
     The output is checked before anything is computed, and appears only when it is whole.
     """
     check_output(request.output, context.source.files, force=request.force)
+    check_calibration(context, request.calibration)
     if request.evaluate and request.evaluation_text is None:
         raise PlanError(
             f"{context.source.path}: no text to validate on; give --eval-text FILE, or --no-evaluate to skip that"

@@ -74,10 +74,10 @@ def open_context(model: Path, work: Path, *, pre: str | None, threads: int, prog
     return Context(source, source_files_digest(source, directory.file("hashes.json")), directory, threads, progress)
 
 
-def run_calibrate(context: Context, request: CalibrationRequest) -> Calibrated:
-    """The calibrate stage, reused when source, text and options are the same."""
+def check_calibration(context: Context, request: CalibrationRequest) -> None:
+    """Raise :class:`CalibrationError` for a request that cannot be met, before anything is computed."""
     if request.imatrix is not None:
-        return _foreign_imatrix(context, request.imatrix)
+        return
     if not request.text:
         raise CalibrationError(f"{context.source.path}: no text to calibrate on; give --text FILE or --imatrix FILE")
     if request.fisher and context.source.kind != "huggingface":
@@ -85,6 +85,13 @@ def run_calibrate(context: Context, request: CalibrationRequest) -> Calibrated:
             f"{context.source.path}: gradients need the Hugging Face directory, this is a GGUF; "
             "calibrate that directory, or leave out --fisher and use --sensitivity imatrix"
         )
+
+
+def run_calibrate(context: Context, request: CalibrationRequest) -> Calibrated:
+    """The calibrate stage, reused when source, text and options are the same."""
+    check_calibration(context, request)
+    if request.imatrix is not None:
+        return _foreign_imatrix(context, request.imatrix)
     options = (request.n_ctx, request.chunks, request.fisher, request.seed)
     made_from = digest(["calibration 1", context.source_sha256, digest(request.text), *options])
     if not context.work.has("calibrate", made_from):

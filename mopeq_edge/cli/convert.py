@@ -57,7 +57,7 @@ def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Conver
 
     budget = options.budget(given["target_gb"], given["target_gib"], given["target_bpw"])
     plan = options.plan_request(given["sensitivity"], given["types"], given["floors"])
-    work = options.work_directory(given["work_dir"], out)
+    work = options.work_directory_of_output(given["work_dir"], out)
     context = open_context(model, work, pre=given["pre"], threads=given["threads"], progress=progress)
     check_output(out, context.source.files, force=given["force"])
     text = options.calibration_text(model, given["text"], given["imatrix"])

@@ -33,7 +33,9 @@ def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
 def work_option(command: F) -> F:
     """``--work-dir``."""
     return click.option(
-        "--work-dir", type=FILE, help="Directory that keeps the artifacts (default: MODEL or OUT with .mopeq)."
+        "--work-dir",
+        type=FILE,
+        help="Directory that keeps the artifacts (default: MODEL.mopeq here; convert: OUT.mopeq beside OUT).",
     )(command)
 
 
@@ -126,6 +128,11 @@ def calibration_request(
     return CalibrationRequest(words, name, ctx, chunks, wanted and imatrix is None, seed, imatrix)
 
 
-def work_directory(work_dir: Path | None, beside: Path) -> Path:
-    """The given directory, or ``NAME.mopeq`` in the current one for ``beside``."""
-    return work_dir if work_dir is not None else Path(f"{beside.resolve().name.removesuffix('.gguf')}.mopeq")
+def work_directory(work_dir: Path | None, model: Path) -> Path:
+    """The given directory, or ``MODEL.mopeq`` in the current one: a model's own folder may be read-only."""
+    return work_dir if work_dir is not None else Path(f"{model.resolve().name.removesuffix('.gguf')}.mopeq")
+
+
+def work_directory_of_output(work_dir: Path | None, out: Path) -> Path:
+    """The given directory, or ``OUT.mopeq`` beside the output."""
+    return work_dir if work_dir is not None else out.with_name(f"{out.name.removesuffix('.gguf')}.mopeq")
