@@ -95,9 +95,9 @@ def open_reference(work_dir: Path, key: ReferenceKey) -> ReferenceLogits | None:
     _check(folder, "type of the tokens", np.dtype(np.int32), tokens.dtype)
     _check(folder, "type of the logits", np.dtype(np.float32), logits.dtype)
     _check(folder, "shape of the tokens", (len(tokens), key.n_ctx), tokens.shape)
-    shape = (len(tokens), n_rows(key.n_ctx, key.positions), meta["n_vocab"])
+    shape = (len(tokens), n_rows(key.n_ctx, key.positions), meta.get("n_vocab"))
     _check(folder, "shape of the logits", shape, logits.shape)
-    return ReferenceLogits(folder, key, meta["source_name"], tokens, logits)
+    return ReferenceLogits(folder, key, str(meta.get("source_name")), tokens, logits)
 
 
 def write_reference(
