@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import safe_open
-from safetensors.numpy import save
 
-from mopeq_edge.atomic import atomic_write
-from mopeq_edge.errors import FormatError
+from mopeq_edge.array_file import read_arrays, write_arrays
 from mopeq_edge.imatrix import Entry, Imatrix, with_prior
 from mopeq_edge.source.model import Source
 from mopeq_edge.source.roles import Role, layer_of, projection_of
@@ -81,31 +77,15 @@ def write_routing(routing: Routing, path: Path, made_from: str) -> None:
         arrays[f"blk.{layer}.counts"] = routing.counts[layer]
         if layer in routing.gate_weights:
             arrays[f"blk.{layer}.gate_weights"] = routing.gate_weights[layer]
-    metadata = {
-        "format": FORMAT,
-        "version": VERSION,
-        "info": json.dumps({"made_from": made_from, "n_tokens": routing.n_tokens}, sort_keys=True),
-    }
-    with atomic_write(path) as file:
-        file.write(save(arrays, metadata=metadata))
+    write_arrays(path, FORMAT, VERSION, {"made_from": made_from, "n_tokens": routing.n_tokens}, arrays)
 
 
 def read_routing(path: Path) -> Routing:
     """Read what :func:`write_routing` wrote. Raises :class:`FormatError` for anything else."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
-                raise FormatError(
-                    f"{path}: expected '{FORMAT}' version {VERSION}, found "
-                    f"{metadata.get('format')!r} version {metadata.get('version')!r}; calibrate again"
-                )
-            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, RuntimeError) as error:
-        raise FormatError(f"{path}: cannot be read as routing statistics ({error}); calibrate again") from None
+    info, arrays = read_arrays(path, FORMAT, VERSION, "calibrate again")
     layers = sorted(int(key.split(".")[1]) for key in arrays if key.endswith(".counts"))
     return Routing(
-        n_tokens=int(json.loads(metadata["info"])["n_tokens"]),
+        n_tokens=int(info["n_tokens"]),
         counts={n: arrays[f"blk.{n}.counts"] for n in layers},
         gate_weights={n: arrays[f"blk.{n}.gate_weights"] for n in layers if f"blk.{n}.gate_weights" in arrays},
         token_counts=arrays["token_counts"],

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import save
 
-from mopeq_edge.atomic import atomic_write
-from mopeq_edge.errors import FormatError
+from mopeq_edge.array_file import read_arrays, write_arrays
 from mopeq_edge.sensitivity.measure import TensorErrors
 from mopeq_edge.sensitivity.scores import Doubles
 
@@ -65,43 +61,24 @@ def write_table(table: SensitivityTable, path: Path) -> None:
         "types": {name: list(errors.types) for name, errors in table.errors.items()},
         "unrouted": list(table.unrouted),
     }
-    metadata = {"format": FORMAT, "version": VERSION, "info": json.dumps(info, sort_keys=True)}
-    with atomic_write(path) as file:
-        file.write(save({key: np.ascontiguousarray(value) for key, value in arrays.items()}, metadata=metadata))
-
-
-def read_info(path: Path) -> dict[str, Any]:
-    """The metadata of a sensitivity file. Raises :class:`FormatError` for anything else."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-    except (OSError, ValueError, RuntimeError) as error:
-        raise FormatError(f"{path}: cannot be read as sensitivity ({error}); run sensitivity again") from None
-    if (metadata.get("format"), metadata.get("version")) != (FORMAT, VERSION):
-        raise FormatError(
-            f"{path}: expected '{FORMAT}' version {VERSION}, found {metadata.get('format')!r} version "
-            f"{metadata.get('version')!r}; run sensitivity again"
-        )
-    info: dict[str, Any] = json.loads(metadata["info"])
-    return info
+    write_arrays(path, FORMAT, VERSION, info, arrays)
 
 
 def read_table(path: Path) -> SensitivityTable:
-    """Read what :func:`write_table` wrote."""
-    info = read_info(path)
+    """Read what :func:`write_table` wrote. Raises :class:`FormatError` for anything else."""
+    info, arrays = read_arrays(path, FORMAT, VERSION, "run sensitivity again")
     scores = tuple(info["scores"])
-    with safe_open(path, framework="numpy") as file:
-        errors = {
-            name: TensorErrors(
-                types=tuple(types),
-                damage={s: file.get_tensor(f"damage/{s}/{name}") for s in scores},
-                variance={s: file.get_tensor(f"variance/{s}/{name}") for s in scores},
-                norms=file.get_tensor(f"norms/{name}"),
-            )
-            for name, types in info["types"].items()
-        }
-        layers = sorted(int(key.split("/")[1]) for key in file.keys() if key.startswith("mopeq/"))  # noqa: SIM118
-        mopeq = {layer: file.get_tensor(f"mopeq/{layer}") for layer in layers}
+    errors = {
+        name: TensorErrors(
+            types=tuple(types),
+            damage={s: arrays[f"damage/{s}/{name}"] for s in scores},
+            variance={s: arrays[f"variance/{s}/{name}"] for s in scores},
+            norms=arrays[f"norms/{name}"],
+        )
+        for name, types in info["types"].items()
+    }
+    layers = sorted(int(key.split("/")[1]) for key in arrays if key.startswith("mopeq/"))
+    mopeq = {layer: arrays[f"mopeq/{layer}"] for layer in layers}
     return SensitivityTable(
         errors, mopeq, scores, info["quantized_with"], tuple(info["unrouted"]), info["sample_rows"], info["made_from"]
     )
