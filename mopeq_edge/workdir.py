@@ -54,7 +54,8 @@ class WorkDirectory:
         if not path.exists():
             return {}
         try:
-            return dict(read_json(path, FORMAT, VERSION)["stages"])
-        except (FormatError, KeyError):
+            records = read_json(path, FORMAT, VERSION)["stages"].items()
+            return {stage: {"made_from": r["made_from"], "files": dict(r["files"])} for stage, r in records}
+        except (FormatError, KeyError, TypeError, AttributeError, ValueError):
             # an unreadable record only means that nothing can be reused
             return {}
