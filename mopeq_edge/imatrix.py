@@ -125,6 +125,9 @@ def read_imatrix(path: Path) -> Imatrix:
     missing = [k for k in ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size") if k not in header.kvs]
     if missing:
         raise FormatError(f"{path}: imatrix lacks {', '.join(missing)}; make it again with llama-imatrix or calibrate")
+    datasets, numbers = header.get("imatrix.datasets"), [header.get(f"imatrix.chunk_{k}") for k in ("count", "size")]
+    if not isinstance(datasets, list) or not all(isinstance(n, int) for n in numbers):
+        raise FormatError(f"{path}: imatrix.datasets is no list or imatrix.chunk_* no number; make it again")
     raw = _read_arrays(header)
     entries: dict[str, Entry] = {}
     for name in sorted({key.removesuffix(_SUMS).removesuffix(_COUNTS) for key in raw}):
@@ -137,9 +140,9 @@ def read_imatrix(path: Path) -> Imatrix:
     filled, unrouted = with_prior(entries)
     return Imatrix(
         entries=filled,
-        datasets=tuple(header.get("imatrix.datasets")),
-        chunk_count=int(header.get("imatrix.chunk_count")),
-        chunk_size=int(header.get("imatrix.chunk_size")),
+        datasets=tuple(str(name) for name in datasets),
+        chunk_count=int(numbers[0]),
+        chunk_size=int(numbers[1]),
         kind=header.get(_KIND_KEY) or ACTIVATION,
         scale=float(header.get(_SCALE_KEY) or 1.0),
         unrouted=unrouted or tuple(header.get(_UNROUTED_KEY) or ()),
