@@ -1,0 +1,102 @@
+"""Our stand-in for transformers' packed experts: the same output, and sums that a loop over tokens confirms."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import OlmoeConfig
+from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
+
+from mopeq_edge.calibrate.experts import ExpertWeights, Recorder, RoutedExperts, Tap
+
+N_TOKENS, N_EMBD, N_FF, N_EXPERT, N_USED = 23, 12, 7, 6, 2
+UNUSED = 4
+
+
+def drawn(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def make_theirs(dtype: torch.dtype) -> OlmoeExperts:
+    config = OlmoeConfig(hidden_size=N_EMBD, intermediate_size=N_FF, num_experts=N_EXPERT, num_experts_per_tok=N_USED)
+    config._experts_implementation = "eager"
+    experts = OlmoeExperts(config).to(dtype)
+    experts.gate_up_proj.data = drawn(N_EXPERT, 2 * N_FF, N_EMBD, seed=1, dtype=dtype)
+    experts.down_proj.data = drawn(N_EXPERT, N_EMBD, N_FF, seed=2, dtype=dtype)
+    return experts.requires_grad_(False)
+
+
+def make_ours(theirs: OlmoeExperts, tap: Tap) -> RoutedExperts:
+    packed = theirs.gate_up_proj.data
+    weights = ExpertWeights(3, packed[:, :N_FF], packed[:, N_FF:], theirs.down_proj.data)
+    return RoutedExperts(weights, nn.functional.silu, tap)
+
+
+def routed(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs, two different experts a token (never the unused one), and weights that do not add up to one."""
+    x = drawn(N_TOKENS, N_EMBD, seed=3, dtype=dtype)
+    logits = drawn(N_TOKENS, N_EXPERT, seed=4, dtype=dtype)
+    logits[:, UNUSED] = -100
+    top = torch.softmax(logits, -1).topk(N_USED)
+    return x, top.indices, top.values
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
+def test_same_output_as_transformers(dtype: torch.dtype, tolerance: float) -> None:
+    theirs = make_theirs(dtype)
+    ours = make_ours(theirs, Tap())
+    torch.testing.assert_close(ours(*routed(dtype)), theirs(*routed(dtype)), rtol=tolerance, atol=tolerance)
+
+
+def test_sums_equal_a_loop_over_tokens() -> None:
+    theirs = make_theirs(torch.float64)
+    tap = Tap()
+    tap.recorder = recorder = Recorder()
+    x, index, weight = routed(torch.float64)
+    upstream = drawn(N_TOKENS, N_EMBD, seed=5, dtype=torch.float64)
+    output = make_ours(theirs, tap)(x.clone().requires_grad_(), index, weight)
+    output.backward(upstream)
+
+    names = {projection: f"blk.3.ffn_{projection}_exps.weight" for projection in ("gate", "up", "down")}
+    sizes = {"gate": N_EMBD, "up": N_EMBD, "down": N_FF}
+    activation = {p: np.zeros((N_EXPERT, n)) for p, n in sizes.items()}
+    gradient = {p: np.zeros((N_EXPERT, n)) for p, n in sizes.items()}
+    counts, gate_weights = np.zeros(N_EXPERT), np.zeros(N_EXPERT)
+    for token in range(N_TOKENS):
+        for slot in range(N_USED):
+            e, w = int(index[token, slot]), float(weight[token, slot])
+            g, u = theirs.gate_up_proj[e, :N_FF] @ x[token], theirs.gate_up_proj[e, N_FF:] @ x[token]
+            s = torch.sigmoid(g)
+            inner = g * s * u
+            # the chain rule by hand: the gate weight, down's transpose, the derivative of silu
+            d_down = w * upstream[token]
+            d_inner = theirs.down_proj[e].T @ d_down
+            d = {"gate": d_inner * u * (s + g * s * (1 - s)), "up": d_inner * g * s, "down": d_down}
+            into = {"gate": x[token], "up": x[token], "down": inner}
+            for projection in sizes:
+                squares = into[projection].square().numpy()
+                activation[projection][e] += squares
+                gradient[projection][e] += float(d[projection].square().sum()) * squares
+            counts[e] += 1
+            gate_weights[e] += w
+    assert counts[UNUSED] == 0
+    for projection, name in names.items():
+        for sums, expected in ((recorder.activation, activation), (recorder.gradient, gradient)):
+            np.testing.assert_allclose(sums.values[name], expected[projection], rtol=1e-10)
+            np.testing.assert_array_equal(sums.counts[name], counts)
+    assert recorder.gate_weights is not None
+    np.testing.assert_allclose(recorder.gate_weights, gate_weights, rtol=1e-12)
+
+
+def test_nothing_is_recorded_without_a_recorder_or_without_gradients() -> None:
+    theirs = make_theirs(torch.float32)
+    tap = Tap()
+    ours = make_ours(theirs, tap)
+    x, index, weight = routed(torch.float32)
+    plain = ours(x, index, weight)
+    tap.recorder = recorder = Recorder()
+    torch.testing.assert_close(ours(x, index, weight), plain, rtol=0, atol=0)
+    assert recorder.activation.values
+    assert recorder.gradient.values == {}
