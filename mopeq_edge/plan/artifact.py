@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mopeq_edge.artifacts import digest, read_json, write_json
+from mopeq_edge.errors import FormatError
 from mopeq_edge.ggml.types import BY_NAME, GgmlType
 from mopeq_edge.source.model import SourceTensor
 
@@ -87,12 +88,17 @@ def write_plan(plan: Plan, path: Path) -> None:
 
 
 def read_plan(path: Path) -> Plan:
-    """Read what :func:`write_plan` wrote."""
+    """Read what :func:`write_plan` wrote. Raises :class:`FormatError` for anything else."""
     document = read_json(path, FORMAT, VERSION)
     fields = {key: value for key, value in document.items() if key not in ("format", "version")}
-    fields["tensors"] = tuple(PlannedTensor(**{**t, "shape": tuple(t["shape"])}) for t in fields["tensors"])
-    fields["types"] = tuple(fields["types"])
-    return Plan(**fields)
+    try:
+        fields["tensors"] = tuple(PlannedTensor(**{**t, "shape": tuple(t["shape"])}) for t in fields["tensors"])
+        fields["types"] = tuple(fields["types"])
+        plan = Plan(**fields)
+        plan.type_of()
+    except (KeyError, TypeError) as error:
+        raise FormatError(f"{path}: not a plan as mopeq-edge writes it ({error}); plan again") from None
+    return plan
 
 
 def tensor_type_lines(types: Mapping[str, str]) -> str:
