@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
     from mopeq_edge.evaluate.chunks import Positions
     from mopeq_edge.evaluate.run import Evaluation
+    from mopeq_edge.progress import Progress
 
 
 @click.command()
 @click.argument("target", type=FILE)
-@click.option("--against", "source", type=FILE, required=True, help="GGUF that TARGET was quantized from.")
+@click.option("--against", "source", type=FILE, required=True, help="Checkpoint or GGUF that TARGET was made from.")
 @click.option("--text", type=FILE, required=True, help="UTF-8 text to measure on.")
 @click.option("--ctx", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of one window.")
 @click.option("--chunks", type=click.IntRange(min=1), help="Windows to measure on (default: the whole text).")
@@ -58,12 +59,13 @@ def evaluate(
     from mopeq_edge.evaluate.run import evaluate as evaluate_target
     from mopeq_edge.evaluate.run import make_reference
 
-    gguf = resolve_source(source)
+    work = work_directory(work_dir, source)
     with console_progress() as progress:
+        gguf = resolve_source(source, work, threads, progress)
         reference = make_reference(
             gguf,
             text,
-            work_directory(work_dir, gguf),
+            work,
             n_ctx=ctx,
             n_chunks=chunks,
             positions=positions,
@@ -77,17 +79,20 @@ def evaluate(
         print_table(evaluation_table(result))
 
 
-def resolve_source(source: Path) -> Path:
-    """The GGUF whose logits are the truth for ``--against SOURCE``.
+def resolve_source(source: Path, work: Path, threads: int, progress: Progress) -> Path:
+    """The GGUF whose logits are the truth for ``--against SOURCE``; a checkpoint becomes a lossless one in ``work``.
 
     Raises :class:`MopeqError` if there is none.
     """
     from mopeq_edge.errors import MopeqError
 
     if source.is_dir():
-        raise MopeqError(f"{source}: is a directory; give the source as a GGUF file")
+        # transformers reads the vocabulary; on a device give the GGUF
+        from mopeq_edge.pipeline import open_context, source_gguf
+
+        return source_gguf(open_context(source, work, pre=None, threads=threads, progress=progress))
     if not source.is_file():
-        raise MopeqError(f"{source}: does not exist; give the source as a GGUF file")
+        raise MopeqError(f"{source}: does not exist; give the source as a checkpoint directory or a GGUF file")
     return source
 
 

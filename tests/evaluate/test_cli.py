@@ -10,6 +10,8 @@ from click.testing import CliRunner
 
 from mopeq_edge.cli.evaluate import evaluate, resolve_source
 from mopeq_edge.errors import MopeqError
+from mopeq_edge.gguf_file import read_header
+from mopeq_edge.progress import SilentProgress
 
 
 def arguments(target: Path, source: Path, text: Path, work_dir: Path) -> list[str]:
@@ -44,10 +46,20 @@ def test_the_logits_lie_in_a_directory_named_after_the_source_unless_told(
 
 
 def test_sources_that_cannot_serve(tmp_path: Path) -> None:
-    with pytest.raises(MopeqError, match="is a directory; give the source as a GGUF file"):
-        resolve_source(tmp_path)
+    work, progress = tmp_path / "work", SilentProgress()
+    with pytest.raises(MopeqError, match=r"config\.json"):
+        resolve_source(tmp_path, work, 1, progress)
     with pytest.raises(MopeqError, match=r"none.gguf: does not exist"):
-        resolve_source(tmp_path / "none.gguf")
+        resolve_source(tmp_path / "none.gguf", work, 1, progress)
+
+
+@pytest.mark.runtime
+def test_a_checkpoint_is_as_good_as_its_gguf(tiny_model: Path, bf16_gguf: Path, tmp_path: Path) -> None:
+    made = resolve_source(tiny_model, tmp_path, 2, SilentProgress())
+    ours, theirs = read_header(made), read_header(bf16_gguf)
+    assert ours.tensors == theirs.tensors
+    data = [path.read_bytes()[header.data_start :] for path, header in ((made, ours), (bf16_gguf, theirs))]
+    assert data[0] == data[1]
 
 
 @pytest.mark.parametrize("option", [["--ctx", "1"], ["--chunks", "0"], ["--positions", "some"], ["--threads", "0"]])
