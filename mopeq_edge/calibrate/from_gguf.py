@@ -9,6 +9,7 @@ import numpy as np
 
 from mopeq_edge.calibrate.statistics import routing_from_imatrix
 from mopeq_edge.calibrate.tokens import token_windows
+from mopeq_edge.errors import MopeqError
 from mopeq_edge.imatrix import Imatrix, read_imatrix
 from mopeq_edge.progress import Progress
 from mopeq_edge.runtime.tools import run_tool
@@ -27,10 +28,21 @@ def calibrate_gguf(
         text_file.write_text(text, encoding="utf-8")
         options = ["-m", str(source.path), "-f", str(text_file), "-o", str(output), "-c", str(n_ctx)]
         options += ["--chunks", str(len(windows)), "--no-ppl", "-t", str(threads), "--process-output"]
-        run_tool("llama-imatrix", options)
-        made = read_imatrix(output)
+        try:
+            run_tool("llama-imatrix", options)
+            made = read_imatrix(output)
+        except MopeqError:
+            _read_all(source)
+            raise
         step.advance()
     imatrix = Imatrix(made.entries, (dataset,), made.chunk_count, made.chunk_size, unrouted=made.unrouted)
     n_vocab = next(t for t in source.tensors if t.role is Role.EMBEDDING).n_out
     counts = np.bincount(windows.reshape(-1), minlength=n_vocab).astype(np.float64)
     return Statistics(activation=imatrix, routing=routing_from_imatrix(imatrix, source, counts))
+
+
+def _read_all(source: Source) -> None:
+    """Name the tensor and expert if damaged weights are why llama-imatrix failed."""
+    for tensor in source.tensors:
+        for matrix in range(tensor.n_matrices):
+            source.read(tensor, matrix)
