@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mopeq_edge.errors import OutputError
+from mopeq_edge.units import format_bytes
+
 IN_MEMORY_BYTES = 2**30
 """Up to here the states stay in memory; larger ones go to a scratch file that the kernel pages."""
 
@@ -23,11 +26,8 @@ class HiddenStates:
         if int(np.prod(shape)) * 4 <= IN_MEMORY_BYTES:
             self._data: np.ndarray = np.zeros(shape, dtype=np.float32)
         else:
-            scratch.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix="states-", dir=scratch)
-            os.close(handle)
-            self._file = Path(name)
-            self._data = np.memmap(self._file, dtype=np.float32, mode="w+", shape=shape)
+            self._file = _reserve(scratch, int(np.prod(shape)) * 4)
+            self._data = np.memmap(self._file, dtype=np.float32, mode="r+", shape=shape)
 
     def get(self, slot: int, window: int) -> Tensor:
         """A copy [1, n_ctx, n_embd] of one window's state."""
@@ -41,3 +41,26 @@ class HiddenStates:
         del self._data
         if self._file is not None:
             self._file.unlink(missing_ok=True)
+
+
+def _reserve(folder: Path, nbytes: int) -> Path:
+    """A file of ``nbytes`` zeros. A full disk shows here, not as a bus error when a page is written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix="states-", dir=folder)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(handle, 0, nbytes)
+            else:
+                os.truncate(handle, nbytes)
+        except OSError:
+            os.unlink(name)
+            raise
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise OutputError(
+            f"{folder}: {format_bytes(nbytes)} for the hidden states of the calibration text cannot be written "
+            f"({error.strerror}); free space, choose another --work-dir, or give fewer --chunks"
+        ) from None
+    return Path(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from mopeq_edge.calibrate.blocks import BlockModel
 from mopeq_edge.calibrate.passes import forward
 from mopeq_edge.calibrate.run import calibrate
 from mopeq_edge.calibrate.states import HiddenStates
+from mopeq_edge.errors import OutputError
 from mopeq_edge.imatrix import Imatrix
 from mopeq_edge.progress import SilentProgress, Step
 from mopeq_edge.sensitivity.pricing import Statistics
@@ -305,6 +307,22 @@ def test_states_on_disk_change_no_bit_and_leave_nothing(
     monkeypatch.setattr(passes, "_forward_window", refuse)
     with pytest.raises(RuntimeError, match="stop"):
         run(case.source, case.windows, tmp_path / "s")
+    assert list((tmp_path / "s").iterdir()) == []
+
+
+def test_a_full_disk_is_one_line_before_anything_is_computed(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(states, "IN_MEMORY_BYTES", 1000)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(OutputError) as caught:
+            run(case.source, case.windows, tmp_path / "s")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert f"{tmp_path / 's'}: 92.160 kB for the hidden states" in str(caught.value)
+    assert "cannot be written (File too large); free space" in str(caught.value)
     assert list((tmp_path / "s").iterdir()) == []
 
 
