@@ -18,6 +18,10 @@ def runtime() -> None:
 
     mopeq-edge builds the llama.cpp release that its Python binding was made for and keeps it in
     ~/.cache/mopeq-edge, or in the directory that MOPEQ_EDGE_CACHE names.
+
+    \b
+    Example:
+      mopeq-edge runtime install
     """
 
 
