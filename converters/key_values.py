@@ -7,6 +7,7 @@ with it. Order and choice are those of llama.cpp's ``convert_hf_to_gguf.py``.
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 
 from mopeq_edge.errors import SourceError
 from mopeq_edge.gguf_file import KV, ValueType
+from mopeq_edge.gguf_layout import layout
 from mopeq_edge.source.converter import Config
 from mopeq_edge.source.model import SourceTensor
 
@@ -67,19 +69,19 @@ def start_writer(directory: Path, architecture: str, tensors: Sequence[SourceTen
         # Only for the number of parameters in the model's size label
         writer.add_tensor_info(tensor.name, tuple(reversed(tensor.shape)), np.dtype(np.float32), tensor.n_weights * 4)
     total, shared, expert, n_expert = writer.get_total_parameter_count()
+    writer.add_type(gguf.GGUFType.MODEL)
     try:
         metadata = gguf.Metadata.load(None, directory, None, total)
+        metadata.name = metadata.name or directory.resolve().name
+        metadata.size_label = metadata.size_label or gguf.size_label(total, shared, expert, n_expert)
+        _add_repetition_penalty(metadata, directory)
+        metadata.set_gguf_meta_model(writer)
     except Exception as error:
         # A bad model card raises whatever the YAML reader and gguf's guesses about it raise
         reason = " ".join(str(error).split())
         raise SourceError(
             f"{directory}: its README.md or JSON files cannot be read as a model card: {reason}"
         ) from None
-    metadata.name = metadata.name or directory.resolve().name
-    metadata.size_label = metadata.size_label or gguf.size_label(total, shared, expert, n_expert)
-    _add_repetition_penalty(metadata, directory)
-    writer.add_type(gguf.GGUFType.MODEL)
-    metadata.set_gguf_meta_model(writer)
     return writer
 
 
@@ -96,7 +98,7 @@ def add_text_parameters(writer: Any, config: Config, file_type: int) -> None:
 
 
 def as_kvs(writer: Any) -> dict[str, KV]:
-    """What the writer collected, in its order."""
+    """What the writer collected, in its order. Raises :class:`SourceError` for a value that its key cannot hold."""
     kvs: dict[str, KV] = {}
     for key, value in writer.kv_data[0].items():
         kind = ValueType(int(value.type))
@@ -104,6 +106,13 @@ def as_kvs(writer: Any) -> dict[str, KV]:
         if kind is ValueType.ARRAY:
             sub = ValueType(int(value.sub_type or gguf.GGUFValueType.get_type(value.value[0])))
         kvs[key] = KV(kind, list(value.value) if sub is not None else value.value, sub)
+        try:
+            layout({key: kvs[key]}, [])
+        except (struct.error, TypeError, ValueError, AttributeError):
+            raise SourceError(
+                f"the checkpoint's files give {str(value.value)[:40]!r} for '{key}', expected {kind.name}; "
+                "use the files of these weights"
+            ) from None
     return kvs
 
 

@@ -52,6 +52,7 @@ def recipes(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> list[Recip
     _check_supported(config)
     sizes = _sizes(config)
     n_layer = need_number(config, "num_hidden_layers")
+    _check_count("num_hidden_layers", n_layer, shapes)
     parts = [_expert_parts(layer, sizes, shapes) for layer in range(n_layer)]
     waiting = [{part.tensor for stack in layer.values() for part in stack} for layer in parts]
     wanted = {*_MODEL, *(f"model.layers.{i}.{name}" for i in range(n_layer) for name in _LAYER)}
@@ -129,6 +130,12 @@ def _sizes(config: Config) -> dict[str, int]:
     }
 
 
+def _check_count(key: str, count: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """An absurd number must not cost the memory of as many names."""
+    if shapes and count > len(shapes):
+        raise SourceError(f"config.json has {key} {count}, expected no more than there are tensors ({len(shapes)})")
+
+
 def _expert_parts(
     layer: int, sizes: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[Part, ...]]:
@@ -137,6 +144,7 @@ def _expert_parts(
     prefix = f"model.layers.{layer}.mlp.experts"
     gate_up, down = f"{prefix}.gate_up_proj", f"{prefix}.down_proj"
     if gate_up not in shapes and down not in shapes:
+        _check_count("num_experts", n_expert, shapes)
         return {which: tuple(Part(f"{prefix}.{e}.{which}_proj.weight") for e in range(n_expert)) for which in _EXPERTS}
     for name, expected in ((gate_up, (n_expert, 2 * ff, hidden)), (down, (n_expert, hidden, ff))):
         if shapes.get(name, expected) != expected:

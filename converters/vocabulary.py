@@ -35,7 +35,10 @@ def add_bpe_vocabulary(writer: Any, directory: Path, vocab_size: int, pre: str |
     writer.add_tokenizer_pre(name)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    special = gguf.SpecialVocab(directory, load_merges=True)
+    try:
+        special = gguf.SpecialVocab(directory, load_merges=True)
+    except ValueError as error:
+        raise SourceError(f"{directory}: its special tokens cannot be read ({error}); download it again") from None
     if not special.merges:
         raise SourceError(f"{directory}: the tokenizer has no merges, expected a byte-pair one; not supported yet")
     _follow_post_processor(special, directory)

@@ -14,6 +14,7 @@ from mopeq_edge.gguf_file import KV
 from mopeq_edge.source.checkpoint import CONFIG, Checkpoint, read_config
 from mopeq_edge.source.converter import Converter, Part, Recipe
 from mopeq_edge.source.model import Bytes, Floats, SourceTensor, require_finite
+from mopeq_edge.source.safetensors_file import as_f32
 
 STORED_AS: Mapping[str, GgmlType] = {"BF16": BF16, "F16": F16, "F32": F32, "F64": F32}
 """How a matrix of each checkpoint type is stored in a GGUF."""
@@ -62,11 +63,10 @@ class HuggingFaceSource:
         return require_finite(self.checkpoint.read_rows(name, start, stop), self.path, tensor, matrix)
 
     def read_stored(self, tensor: SourceTensor, matrix: int = 0, rows: slice | None = None) -> Bytes:
-        values = self.read(tensor, matrix, rows)
-        if tensor.type is F32:
-            return values.astype("<f4", copy=False).view("u1")
         name, start, stop = self._piece(tensor, matrix, rows)
-        return self.checkpoint.read_stored(name, start, stop)
+        raw, dtype = self.checkpoint.read_stored(name, start, stop), self.checkpoint.dtype(name)
+        values = require_finite(as_f32(dtype, raw), self.path, tensor, matrix)
+        return raw if STORED_AS[dtype] is tensor.type and dtype != "F64" else values.astype("<f4").view("u1")
 
     def _piece(self, tensor: SourceTensor, matrix: int, rows: slice | None) -> tuple[str, int, int]:
         """(checkpoint tensor, first row, last row + 1); rows over all axes but the last."""

@@ -90,13 +90,17 @@ class SafetensorsFile:
                 f"{self.path}: tensor '{name}' has type {dtype}, expected weights in {', '.join(WEIGHT_DTYPES)}; "
                 "use a checkpoint that is not quantized"
             )
-        raw = self.read(name, start, stop)
-        if dtype == "BF16":
-            return bf16_to_f32(raw.view("<u2"))
-        if dtype == "F32":
-            return raw.view("<f4")
-        with np.errstate(over="ignore"):
-            return raw.view("<f2" if dtype == "F16" else "<f8").astype(np.float32)
+        return as_f32(dtype, self.read(name, start, stop))
+
+
+def as_f32(dtype: str, raw: Bytes) -> Floats:
+    """Rows of bytes [n_rows, row bytes] of one of :data:`WEIGHT_DTYPES` as float32 [n_rows, n_in]."""
+    if dtype == "BF16":
+        return bf16_to_f32(raw.view("<u2"))
+    if dtype == "F32":
+        return raw.view("<f4")
+    with np.errstate(over="ignore"):
+        return raw.view("<f2" if dtype == "F16" else "<f8").astype(np.float32)
 
 
 def _read_entries(path: Path) -> dict[str, Entry]:

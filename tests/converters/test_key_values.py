@@ -82,6 +82,18 @@ def test_sampling(tmp_path: Path) -> None:
     assert found["general.sampling.penalty_repeat"] == 1.25
 
 
+def test_values_of_another_type(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"give 'eight' for 'x.embedding_length', expected UINT32"):
+        parameters(hidden_size="eight")
+    (tmp_path / "generation_config.json").write_text('{"temperature": "warm"}')
+    with pytest.raises(SourceError, match=r"give 'warm' for 'general.sampling.temp', expected FLOAT32"):
+        described(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "README.md").write_text("---\ndatasets: 3\nbase_model: {a: 1}\ntags: 4\nname: 7\n---\n")
+    with pytest.raises(SourceError):
+        described(tmp_path)
+
+
 @pytest.mark.parametrize("value", [None, 0, -1, 1.5, "4", True])
 def test_need_number(value: object) -> None:
     with pytest.raises(SourceError, match="num_experts"):

@@ -146,6 +146,12 @@ def test_what_llama_cpp_cannot_compute(key: str, value: object) -> None:
         recipes({**CONFIG, key: value}, PER_EXPERT)
 
 
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_experts"])
+def test_absurd_numbers_are_refused_at_once(key: str) -> None:
+    with pytest.raises(SourceError, match=f"config.json has {key} 1000000000000, expected no more"):
+        recipes({**CONFIG, key: 10**12}, PER_EXPERT)
+
+
 def test_errors_name_the_directory(tmp_path: Path) -> None:
     directory = build_olmoe(tmp_path / "model", n_layer=1)
     edit_json(directory / "config.json", clip_qkv=8.0)

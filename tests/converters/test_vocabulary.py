@@ -65,3 +65,10 @@ def test_tokenizer_json_decides_what_is_added(directory: Path) -> None:
     kvs = added(directory).kv_data[0]
     assert kvs["tokenizer.ggml.add_bos_token"].value is False
     assert kvs["tokenizer.ggml.add_eos_token"].value is False
+
+
+def test_a_special_token_that_cannot_be(directory: Path) -> None:
+    edit_json(directory / "tokenizer_config.json", bos_token=None)
+    edit_json(directory / "config.json", bos_token_id=-1)
+    with pytest.raises(SourceError, match="its special tokens cannot be read"):
+        added(directory)
