@@ -24,9 +24,9 @@ NO_TENSORS: tuple[SourceTensor, ...] = ()
         (4, 4_000_000_000),
         (0.008, 8_000_000),
         (0.0000001, 100),
-        # As typed, not as binary floating point has it: 1.1e9 would be a byte short without rounding
-        (1.1, 1_100_000_000),
-        (4.35, 4_350_000_000),
+        # As typed, not as binary floating point has it: cut off, these would be a byte short
+        (4.1, 4_100_000_000),
+        (32.3, 32_300_000_000),
         (0.007123457, 7_123_457),
         # A part of a byte does not fit
         (0.0000000019, 1),
