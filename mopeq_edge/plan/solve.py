@@ -7,8 +7,12 @@ greedy walk along the groups' convex hulls gives a second solution that is alway
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -152,17 +156,18 @@ def _highs(
     rows = np.repeat(np.arange(len(groups)), sizes)
     one_each = csr_matrix((np.ones(n), (rows, np.arange(n))), shape=(len(groups), n))
     room = (budget - sum(base)) // unit
-    result = milp(
-        c=np.array(damages),
-        integrality=np.ones(n, dtype=np.int64),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(csr_matrix(np.array(costs, dtype=float)), -np.inf, room),
-            *(LinearConstraint(_cover(groups, pruned, choice), -np.inf, len(groups) - 1) for choice in too_big),
-        ],
-        options={"time_limit": time_limit, "mip_rel_gap": 0.0},
-    )
+    with _silent_stdout():
+        result = milp(
+            c=np.array(damages),
+            integrality=np.ones(n, dtype=np.int64),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(csr_matrix(np.array(costs, dtype=float)), -np.inf, room),
+                *(LinearConstraint(_cover(groups, pruned, choice), -np.inf, len(groups) - 1) for choice in too_big),
+            ],
+            options={"time_limit": time_limit, "mip_rel_gap": 0.0},
+        )
     dual = getattr(result, "mip_dual_bound", None)
     bound = max(0.0, float(dual) * scale) if dual is not None and np.isfinite(dual) else 0.0
     if result.x is None:
@@ -182,3 +187,24 @@ def _cover(groups: Sequence[Group], pruned: Sequence[list[int]], choice: Sequenc
         for i in options
     ]
     return csr_matrix(np.array(row))
+
+
+@contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """Drop what HiGHS prints on stdout whatever its options (traces of its own): results go there."""
+    if os.name != "posix" or sys.stdout is None:
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    sys.stdout.flush()
+    libc.fflush(None)
+    saved = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        libc.fflush(None)
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(nowhere)
