@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -226,3 +228,28 @@ def test_the_same_answer_twice() -> None:
     groups = [ties(rng, 6) for _ in range(30)]
     budget = (smallest_cost(groups) + largest_cost(groups)) // 2
     assert solve(groups, budget) == solve(groups, budget)
+
+
+CHATTY = """
+import numpy as np
+from mopeq_edge.plan.solve import Group, largest_cost, smallest_cost, solve
+
+rng = np.random.default_rng(0)
+bpw = np.array([2.0625, 2.3125, 2.5625, 2.625, 3.0625, 3.4375, 4.25, 4.5, 5.5, 6.5625, 8.5])
+groups = []
+for _ in range(300):
+    damages = 10.0 ** rng.uniform(-9, -2) * 4.0**-bpw * rng.uniform(0.8, 1.25, len(bpw))
+    weights = 256 * int(rng.integers(1000, 400_000))
+    groups.append(Group("", tuple(int(weights * b / 8) // 32 * 32 for b in bpw), tuple(map(float, damages))))
+print("first")
+budget = int(0.7 * smallest_cost(groups) + 0.3 * largest_cost(groups))
+for step in range(5):
+    solve(groups, budget + step * 3200)
+print("last")
+"""
+
+
+def test_nothing_is_printed() -> None:
+    # HiGHS prints lines of its own while it solves these
+    done = subprocess.run([sys.executable, "-c", CHATTY], check=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("first\nlast\n", "")
