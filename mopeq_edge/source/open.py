@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from mopeq_edge.artifacts import file_digest
 from mopeq_edge.atomic import atomic_write
 from mopeq_edge.errors import OutputError, SourceError
 from mopeq_edge.source.converter import Converter
@@ -16,7 +17,6 @@ from mopeq_edge.source.huggingface import open_huggingface
 from mopeq_edge.source.model import Source, moe_shape
 
 CACHE_FORMAT = 1
-_CHUNK = 1 << 22
 
 
 def open_source(path: Path, converters: Mapping[str, Converter], pre: str | None = None) -> Source:
@@ -54,7 +54,7 @@ def source_files_digest(source: Source, cache: Path | None = None) -> str:
     for path in sorted(source.files):
         key, stamp = str(path.resolve()), _stamp(path)
         if known.get(key, ("", ""))[0] != stamp:
-            fresh[key] = (stamp, _sha256(path))
+            fresh[key] = (stamp, file_digest(path))
         whole.update(f"{fresh[key][1]}  {path.relative_to(root).as_posix()}\n".encode())
     if cache is not None and fresh != known:
         text = json.dumps({"format": CACHE_FORMAT, "files": fresh}, indent=1, sort_keys=True)
@@ -84,11 +84,3 @@ def _load_cache(cache: Path | None) -> dict[str, tuple[str, str]]:
         for path, item in files.items()
         if isinstance(item, list) and len(item) == 2 and all(isinstance(part, str) for part in item)
     }
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
