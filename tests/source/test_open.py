@@ -10,6 +10,7 @@ import pytest
 
 import mopeq_edge.source.open as open_module
 from converters import CONVERTERS
+from mopeq_edge.artifacts import file_digest
 from mopeq_edge.errors import FormatError, SourceError
 from mopeq_edge.ggml.types import F32
 from mopeq_edge.gguf_layout import string, uint32
@@ -85,13 +86,13 @@ def test_digest_is_of_the_content(checkpoint: HuggingFaceSource, tmp_path: Path)
 
 def test_digest_is_remembered(checkpoint: HuggingFaceSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[str] = []
-    real = open_module._sha256
+    real = file_digest
 
     def counting(path: Path) -> str:
         hashed.append(path.name)
         return real(path)
 
-    monkeypatch.setattr(open_module, "_sha256", counting)
+    monkeypatch.setattr(open_module, "file_digest", counting)
     cache = tmp_path / "cache" / "digests.json"
     plain = source_files_digest(checkpoint)
     assert source_files_digest(checkpoint, cache) == plain
