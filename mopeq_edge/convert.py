@@ -9,6 +9,7 @@ from typing import Any
 from mopeq_edge.artifacts import digest, read_json, write_json
 from mopeq_edge.atomic import check_output
 from mopeq_edge.calibrate.tokens import split_text
+from mopeq_edge.emit import without_imatrix
 from mopeq_edge.errors import PlanError
 from mopeq_edge.evaluate.chunks import Positions
 from mopeq_edge.evaluate.run import Evaluation, evaluate, make_reference
@@ -151,8 +152,10 @@ def _first_kind(request: ConvertRequest, statistics: Statistics) -> str:
 
 def _choose(context: Context, request: ConvertRequest, calibrated: Calibrated, plan: Plan, kind: str) -> ImatrixChoice:
     """Quantize one plan with both imatrices and measure; remembered for later budgets."""
+    other = calibrated.statistics.activation
     both = calibrated.statistics.gradient is not None and request.quantize_with == "auto" and request.evaluate
-    if not both:
+    # an embedding below its floor may need the gradient's entry: the activation imatrix has none
+    if not both or without_imatrix(context.source, plan.type_of(), other):
         return ImatrixChoice(kind, {})
     stage, name = "imatrix-choice", "imatrix-choice.json"
     made_from = digest(["choice 1", calibrated.made_from, context.source_sha256])

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from mopeq_edge.atomic import atomic_path
-from mopeq_edge.errors import FormatError
+from mopeq_edge.errors import FormatError, PlanError
 from mopeq_edge.ggml.library import Bytes, Floats, Ggml
-from mopeq_edge.ggml.types import GgmlType
+from mopeq_edge.ggml.types import NEEDS_IMATRIX, GgmlType
 from mopeq_edge.gguf_file import KV, read_header
 from mopeq_edge.gguf_layout import Layout, TensorSpec, layout
 from mopeq_edge.imatrix import Imatrix
@@ -40,6 +40,12 @@ def emit(
     The file appears under its name only when it is whole and has been read back. Memory does not grow with
     the model: a few pieces of work for each of ``threads`` are in flight. The bytes do not depend on threads.
     """
+    blind = without_imatrix(source, types, imatrix)
+    if blind:
+        raise PlanError(
+            f"tensor '{blind[0]}': type {types[blind[0]].name} needs an imatrix entry and the imatrix has none; "
+            "plan again with this imatrix, or emit with the one that the plan was made with"
+        )
     specs: list[TensorSpec] = [(t.name, t.shape, types[t.name]) for t in source.tensors]
     plan = layout(kvs, specs)
     with atomic_path(path) as temporary:
@@ -58,6 +64,16 @@ def emit(
             os.fsync(file.fileno())
         check_written(temporary, plan, specs)
     return plan.file_size
+
+
+def without_imatrix(source: Source, types: Mapping[str, GgmlType], imatrix: Imatrix | None) -> list[str]:
+    """Tensors whose type of ``types`` libggml cannot quantize to without an imatrix, which they lack."""
+    known = imatrix.entries if imatrix is not None else {}
+    return [
+        t.name
+        for t in source.tensors
+        if types[t.name].name in NEEDS_IMATRIX and types[t.name] is not t.type and t.name not in known
+    ]
 
 
 def check_written(path: Path, plan: Layout, specs: Sequence[TensorSpec]) -> None:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from mopeq_edge.emit import WEIGHTS_AT_ONCE, check_written, emit
-from mopeq_edge.errors import FormatError, SourceError
+from mopeq_edge.errors import FormatError, PlanError, SourceError
 from mopeq_edge.ggml.library import Ggml, load_ggml
 from mopeq_edge.ggml.types import BY_NAME, F32, QUANTIZABLE, GgmlType
 from mopeq_edge.gguf_file import KV, read_header
@@ -310,3 +310,17 @@ def test_llama_cpp_runs_it(mixed_gguf: Path, bf16_gguf: Path, evaluation_text: s
     assert np.isfinite(found).all()
     assert not np.array_equal(found, wanted)
     assert (found.argmax(axis=1) == wanted.argmax(axis=1)).mean() > 0.7
+
+
+@pytest.mark.runtime
+def test_a_type_that_needs_an_imatrix_entry(tmp_path: Path, imatrix: Imatrix) -> None:
+    """libggml would end the process."""
+    types = {**TYPES, "blk.0.attn_q.weight": BY_NAME["IQ2_XXS"]}
+    without = Imatrix({k: v for k, v in imatrix.entries.items() if "attn_q" not in k}, ("text",), 1, 4)
+    path, ggml = tmp_path / "out.gguf", load_ggml()
+    for incomplete in (None, without):
+        with pytest.raises(PlanError, match=r"blk\.0\.attn_q\.weight.*IQ2_XXS needs an imatrix"):
+            emit(ArraySource(), types, KVS, incomplete, ggml, path, threads=1, progress=SilentProgress())
+    assert list(tmp_path.iterdir()) == []
+    emit(ArraySource(), types, KVS, imatrix, ggml, path, threads=1, progress=SilentProgress())
+    assert path.is_file()
