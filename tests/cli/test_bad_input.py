@@ -83,7 +83,9 @@ def refused(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pyte
             for folder in {path if path.is_dir() else path.parent for path in inputs} | {tmp_path / "results"}
             if folder.is_dir()
         }
-        monkeypatch.setattr(sys, "argv", ["mopeq-edge", command, *map(str, args), "--work-dir", "work"])
+        # named, so that no llama.cpp is needed to recognise it; a GGUF names its own
+        pre = ["--pre", "gpt-2"] if Path(str(args[0])).is_dir() else []
+        monkeypatch.setattr(sys, "argv", ["mopeq-edge", command, *map(str, args), "--work-dir", "work", *pre])
         capfd.readouterr()
         with pytest.raises(SystemExit) as caught:
             main()
@@ -182,7 +184,7 @@ def test_impossible_budget_states_the_minimum(
     model: Path, out: Path, refused: Refused, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = refused("convert", model, out, "--target-gb", 0.0001)
-    monkeypatch.setattr(sys, "argv", ["mopeq-edge", "inspect", str(model), "--json"])
+    monkeypatch.setattr(sys, "argv", ["mopeq-edge", "inspect", str(model), "--json", "--pre", "gpt-2"])
     capfd.readouterr()
     with pytest.raises(SystemExit) as caught:
         main()
