@@ -55,9 +55,12 @@ def _sync_directory(folder: Path) -> None:
 
 
 def check_output(path: Path, inputs: Iterable[Path], *, force: bool) -> None:
-    """Refuse to write ``path`` over an input (also through a link), or over anything without ``force``."""
+    """Refuse to write ``path`` over an input (also through a link), over anything without ``force``, or nowhere."""
     if path.is_dir():
         raise OutputError(f"{path}: is a directory; give the name of the file to write")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise OutputError(f"{path}: {folder} is no directory that can be written to; choose another place")
     for source in inputs:
         if path.exists() and source.exists() and os.path.samefile(path, source):
             raise OutputError(f"{path}: is the input {source} (the same file); choose another name for the output")

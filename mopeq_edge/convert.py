@@ -8,10 +8,9 @@ from typing import Any
 
 from mopeq_edge.artifacts import digest, read_json, write_json
 from mopeq_edge.atomic import check_output
-from mopeq_edge.calibrate.tokens import split_text
 from mopeq_edge.emit import without_imatrix
 from mopeq_edge.errors import PlanError
-from mopeq_edge.evaluate.chunks import Positions
+from mopeq_edge.evaluate.chunks import Positions, read_text
 from mopeq_edge.evaluate.run import Evaluation, evaluate, make_reference
 from mopeq_edge.imatrix import ACTIVATION, GRADIENT
 from mopeq_edge.pipeline import (
@@ -84,6 +83,8 @@ class Converted:
     file_bytes: int
     plan: Plan
     choice: ImatrixChoice
+    sampling_error: float
+    """Largest relative standard error of a tensor's damage by row sampling; 0 when all rows were measured."""
     evaluation: Evaluation | None
 
     def as_dict(self) -> dict[str, Any]:
@@ -99,6 +100,7 @@ class Converted:
             "predicted_damage": self.plan.damage,
             "predicted_damage_unit": self.plan.unit,
             "predicted_file_bytes": self.plan.file_bytes,
+            "relative_sampling_error": self.sampling_error,
             "sensitivity": self.plan.sensitivity,
         }
 
@@ -116,7 +118,8 @@ def convert(context: Context, request: ConvertRequest) -> Converted:
     """
     check_output(request.output, context.source.files, force=request.force)
     check_calibration(context, request.calibration)
-    if request.evaluate and request.evaluation_text is None:
+    words = read_text(request.evaluation_text) if request.evaluation_text is not None else ""
+    if request.evaluate and not words:
         raise PlanError(
             f"{context.source.path}: no text to validate on; give --eval-text FILE, or --no-evaluate to skip that"
         )
@@ -126,19 +129,14 @@ def convert(context: Context, request: ConvertRequest) -> Converted:
     kind = _first_kind(request, calibrated.statistics)
     table = run_sensitivity(context, calibrated, request.options.types, kind, request.sample_rows)
     plan = run_plan(context, table, calibrated.statistics, request.budget, request.options)
-    choice = _choose(context, request, calibrated, plan, kind)
+    choice = _choose(context, request, calibrated, plan, kind, digest(words))
     written = run_emit(context, plan, calibrated.statistics, request.output, choice.chosen)
     evaluation = None
     if request.evaluate:
         evaluation = _evaluate(context, request, request.output)
-    result = Converted(request.output, written, plan, choice, evaluation)
+    result = Converted(request.output, written, plan, choice, table.relative_error(plan.sensitivity), evaluation)
     write_json(context.work.file("validation.json"), VALIDATION_FORMAT, VERSION, result.as_dict())
     return result
-
-
-def held_out(text: str, *, keep_back: bool) -> tuple[str, str]:
-    """(calibration text, held-out text); without ``keep_back`` all of it calibrates."""
-    return split_text(text, HELD_OUT) if keep_back else (text, "")
 
 
 def _first_kind(request: ConvertRequest, statistics: Statistics) -> str:
@@ -150,7 +148,9 @@ def _first_kind(request: ConvertRequest, statistics: Statistics) -> str:
     return GRADIENT if statistics.gradient is not None else ACTIVATION
 
 
-def _choose(context: Context, request: ConvertRequest, calibrated: Calibrated, plan: Plan, kind: str) -> ImatrixChoice:
+def _choose(
+    context: Context, request: ConvertRequest, calibrated: Calibrated, plan: Plan, kind: str, text_sha256: str
+) -> ImatrixChoice:
     """Quantize one plan with both imatrices and measure; remembered for later budgets."""
     other = calibrated.statistics.activation
     both = calibrated.statistics.gradient is not None and request.quantize_with == "auto" and request.evaluate
@@ -158,7 +158,9 @@ def _choose(context: Context, request: ConvertRequest, calibrated: Calibrated, p
     if not both or without_imatrix(context.source, plan.type_of(), other):
         return ImatrixChoice(kind, {})
     stage, name = "imatrix-choice", "imatrix-choice.json"
-    made_from = digest(["choice 1", calibrated.made_from, context.source_sha256])
+    # not the budget: it moves few types, and measuring again would cost more than planning
+    options = [plan.sensitivity, list(plan.types), text_sha256]
+    made_from = digest(["choice 1", calibrated.made_from, context.source_sha256, *options])
     path = context.work.file(name)
     if not context.work.has(stage, made_from):
         kld = {}

@@ -169,3 +169,11 @@ def test_an_output_that_is_a_directory(tmp_path: Path) -> None:
     for force in (False, True):
         with pytest.raises(OutputError, match=f"^{tmp_path}: is a directory"):
             check_output(tmp_path, [], force=force)
+
+
+def test_an_output_where_no_folder_can_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match=r"out\.gguf.*is no directory that can be written to"):
+        check_output(tmp_path / "file" / "deeper" / "out.gguf", [], force=False)
+    check_output(tmp_path / "new" / "deeper" / "out.gguf", [], force=False)
+    assert not (tmp_path / "new").exists()

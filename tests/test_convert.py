@@ -124,14 +124,18 @@ def test_llama_quantize_writes_the_same_tensors(first: Run, tmp_path: Path) -> N
 
 def test_it_generates_in_llama_cpp(first: Run) -> None:
     options = ["-n", "12", "--temp", "0", "-no-cnv", "--no-warmup", "-t", "2", "--no-display-prompt"]
-    done = subprocess.run(
-        [tool("llama-completion"), "-m", first.out, "-p", "Once upon a time", *options],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    # llama.cpp may end before its logging thread has printed everything: then there is nothing to judge
+    for _ in range(6):
+        done = subprocess.run(
+            [tool("llama-completion"), "-m", first.out, "-p", "Once upon a time", *options],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        if done.stdout.strip():
+            break
     # a trained model says words, noise would be odd pieces and bytes
     words = done.stdout.replace("[end of text]", "").split()
     assert len(words) >= 4, done.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from importlib import import_module
+from typing import NoReturn
 
 import click
 
@@ -61,5 +62,12 @@ def main() -> None:
     try:
         cli()
     except MopeqError as error:
-        click.echo(f"mopeq-edge: error: {' '.join(str(error).split())}", err=True)
-        sys.exit(1)
+        _fail(str(error))
+    except OSError as error:
+        # a full or read-only disk outside the output's own folder
+        _fail(f"{error.filename or 'file system'}: {error.strerror or error}; free space or check the permissions")
+
+
+def _fail(message: str) -> NoReturn:
+    click.echo(f"mopeq-edge: error: {' '.join(message.split())}", err=True)
+    sys.exit(1)

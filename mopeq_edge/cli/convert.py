@@ -51,7 +51,8 @@ def convert(model: Path, out: Path, **given: Any) -> None:
 
 def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Converted:
     from mopeq_edge.atomic import atomic_write, check_output
-    from mopeq_edge.convert import ConvertRequest, convert, default_sensitivity, held_out
+    from mopeq_edge.calibrate.tokens import split_text
+    from mopeq_edge.convert import HELD_OUT, ConvertRequest, convert, default_sensitivity
     from mopeq_edge.evaluate.chunks import read_text
     from mopeq_edge.pipeline import open_context
 
@@ -62,10 +63,9 @@ def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Conver
     check_output(out, context.source.files, force=given["force"])
     text = options.calibration_text(model, given["text"], given["imatrix"])
     evaluation_text, evaluate = given["eval_text"], not given["no_evaluate"]
-    words, tail = held_out(
-        read_text(text) if text is not None else "", keep_back=evaluate and evaluation_text is None and text is not None
-    )
-    if tail:
+    # the tail is kept back always: so --no-evaluate and --eval-text reuse the calibration too
+    words, tail = split_text(read_text(text), HELD_OUT) if text is not None else ("", "")
+    if tail and evaluation_text is None:
         evaluation_text = context.work.file("held-out.txt")
         with atomic_write(evaluation_text) as file:
             file.write(tail.encode())
@@ -110,6 +110,10 @@ def _table(result: Converted) -> Any:
         ("imatrix", result.choice.sentence()),
         ("predicted damage", f"{plan.damage:.6g} {plan.unit} ({plan.sensitivity})"),
     ]
+    if result.sampling_error:
+        rows.append(
+            ("row sampling", f"standard error of a tensor's damage at most {100 * result.sampling_error:.2f} %")
+        )
     if evaluation is not None:
         d = evaluation.divergence
         rows += [
