@@ -19,6 +19,9 @@ from mopeq_edge.sensitivity.table import SensitivityTable
 from mopeq_edge.source.model import Source, SourceTensor
 from mopeq_edge.source.roles import Role
 
+SINGLE_MATRIX_ROWS = 8
+"""Times as many rows are sampled of a matrix that is no expert."""
+
 
 def measure_sensitivity(
     source: Source,
@@ -35,7 +38,8 @@ def measure_sensitivity(
     """Damage of every quantizable tensor and expert for all ``types`` that fit it, by every available score.
 
     ``quantize_with`` chooses the imatrix that weighs the quantizer: ``activation``, ``gradient`` or ``none``.
-    Floors do not apply here, so one table serves every choice of floors.
+    Floors do not apply here, so one table serves every choice of floors. ``sample_rows`` rows are measured of each
+    expert's matrix, :data:`SINGLE_MATRIX_ROWS` times as many of other matrices; None measures all.
     """
     imatrix = quantizer_imatrix(statistics, quantize_with)
     tensors = [t for t in source.tensors if t.quantizable]
@@ -57,11 +61,18 @@ def measure_sensitivity(
                     imatrix,
                     ggml,
                     pool,
-                    sample_rows=sample_rows,
+                    sample_rows=_rows_to_measure(tensor, sample_rows),
                     on_matrix=step.advance,
                 )
     unrouted = imatrix.unrouted if imatrix is not None else ()
     return SensitivityTable(errors, mopeq, statistics.available(), quantize_with, unrouted, sample_rows, made_from)
+
+
+def _rows_to_measure(tensor: SourceTensor, sample_rows: int | None) -> int | None:
+    """A stack averages over its experts; a tensor of one matrix needs more rows for the same error."""
+    if sample_rows is None or tensor.role is Role.EXPERT:
+        return sample_rows
+    return sample_rows * SINGLE_MATRIX_ROWS
 
 
 def quantizer_imatrix(statistics: Statistics, kind: str) -> Imatrix | None:
