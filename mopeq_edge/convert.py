@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ VALIDATION_FORMAT, CHOICE_FORMAT, VERSION = "mopeq-edge validation", "mopeq-edge
 HELD_OUT = 0.1
 """Share of the calibration text that is kept back to compare imatrices and to validate."""
 HELD_OUT_CHUNKS = 16
+
+Measure = Callable[[Path], Evaluation]
 
 
 @dataclass(frozen=True)
@@ -129,11 +132,10 @@ def convert(context: Context, request: ConvertRequest) -> Converted:
     kind = _first_kind(request, calibrated.statistics)
     table = run_sensitivity(context, calibrated, request.options.types, kind, request.sample_rows)
     plan = run_plan(context, table, calibrated.statistics, request.budget, request.options)
-    choice = _choose(context, request, calibrated, plan, kind, digest(words))
+    measure = _measure(context, request) if request.evaluate else None
+    choice = _choose(context, request, calibrated, plan, kind, digest(words), measure)
     written = run_emit(context, plan, calibrated.statistics, request.output, choice.chosen)
-    evaluation = None
-    if request.evaluate:
-        evaluation = _evaluate(context, request, request.output)
+    evaluation = measure(request.output) if measure is not None else None
     result = Converted(request.output, written, plan, choice, table.relative_error(plan.sensitivity), evaluation)
     write_json(context.work.file("validation.json"), VALIDATION_FORMAT, VERSION, result.as_dict())
     return result
@@ -145,17 +147,23 @@ def _first_kind(request: ConvertRequest, statistics: Statistics) -> str:
         if request.quantize_with == GRADIENT and statistics.gradient is None:
             raise PlanError("--quantize-with gradient: there is no gradient-weighted imatrix; calibrate with --fisher")
         return request.quantize_with
-    return GRADIENT if statistics.gradient is not None else ACTIVATION
+    return statistics.richest
 
 
 def _choose(
-    context: Context, request: ConvertRequest, calibrated: Calibrated, plan: Plan, kind: str, text_sha256: str
+    context: Context,
+    request: ConvertRequest,
+    calibrated: Calibrated,
+    plan: Plan,
+    kind: str,
+    text_sha256: str,
+    measure: Measure | None,
 ) -> ImatrixChoice:
     """Quantize one plan with both imatrices and measure; remembered for later budgets."""
     other = calibrated.statistics.activation
-    both = calibrated.statistics.gradient is not None and request.quantize_with == "auto" and request.evaluate
+    both = calibrated.statistics.gradient is not None and request.quantize_with == "auto"
     # an embedding below its floor may need the gradient's entry: the activation imatrix has none
-    if not both or without_imatrix(context.source, plan.type_of(), other):
+    if measure is None or not both or without_imatrix(context.source, plan.type_of(), other):
         return ImatrixChoice(kind, {})
     stage, name = "imatrix-choice", "imatrix-choice.json"
     # not the budget: it moves few types, and measuring again would cost more than planning
@@ -168,7 +176,7 @@ def _choose(
             trial = context.work.file(f"trial-{candidate}.gguf")
             try:
                 run_emit(context, plan, calibrated.statistics, trial, candidate)
-                kld[candidate] = _evaluate(context, request, trial).divergence.kld_mean
+                kld[candidate] = measure(trial).divergence.kld_mean
             finally:
                 trial.unlink(missing_ok=True)
         write_json(path, CHOICE_FORMAT, VERSION, {"kld_mean_nats": kld})
@@ -177,8 +185,8 @@ def _choose(
     return ImatrixChoice(min(sorted(kld), key=lambda k: float(kld[k])), kld)
 
 
-def _evaluate(context: Context, request: ConvertRequest, target: Path) -> Evaluation:
-    """``target`` against the source on the evaluation text."""
+def _measure(context: Context, request: ConvertRequest) -> Measure:
+    """Evaluates files against the source on the evaluation text; the source's logits are looked up once."""
     if request.evaluation_text is None:
         raise ValueError("nothing to evaluate on")
     positions: Positions = "second-half"
@@ -193,4 +201,8 @@ def _evaluate(context: Context, request: ConvertRequest, target: Path) -> Evalua
         source_sha256=context.source_sha256,
         progress=context.progress,
     )
-    return evaluate(target, reference, n_threads=context.threads, positions=positions, progress=context.progress)
+
+    def measure(target: Path) -> Evaluation:
+        return evaluate(target, reference, n_threads=context.threads, positions=positions, progress=context.progress)
+
+    return measure

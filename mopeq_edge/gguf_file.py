@@ -6,6 +6,7 @@ not touched. Format: version 3 (and 2) little-endian, as ``ggml/docs/gguf.md`` d
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -77,10 +78,7 @@ class TensorInfo:
 
     @property
     def n_weights(self) -> int:
-        n = 1
-        for dim in self.shape:
-            n *= dim
-        return n
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:

@@ -7,6 +7,7 @@ predicted size is the written size.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,10 +72,7 @@ def layout(kvs: Mapping[str, KV], specs: Sequence[TensorSpec]) -> Layout:
 
 def padded_nbytes(shape: Iterable[int], kind: GgmlType, alignment: int = DEFAULT_ALIGNMENT) -> int:
     """Bytes that a tensor adds to a file: its data and the padding behind it."""
-    n = 1
-    for dim in shape:
-        n *= dim
-    return pad(kind.nbytes(n), alignment)
+    return pad(kind.nbytes(math.prod(shape)), alignment)
 
 
 def _encode_string(text: str) -> bytes:

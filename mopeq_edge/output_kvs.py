@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from mopeq_edge import __version__
-from mopeq_edge.ggml.types import GgmlType
 from mopeq_edge.gguf_file import KV
 from mopeq_edge.gguf_layout import TensorSpec, string, uint32
 from mopeq_edge.imatrix import Imatrix
@@ -59,13 +59,6 @@ def file_type_of(specs: Iterable[TensorSpec]) -> int:
     """The file type of the tensor type that has the most bytes."""
     sizes: Counter[str] = Counter()
     for _, shape, kind in specs:
-        sizes[kind.name] += _nbytes(shape, kind)
+        sizes[kind.name] += kind.nbytes(math.prod(shape))
     best = max(sizes, key=lambda name: (sizes[name], name))
     return FILE_TYPES[best]
-
-
-def _nbytes(shape: tuple[int, ...], kind: GgmlType) -> int:
-    n = 1
-    for dim in shape:
-        n *= dim
-    return kind.nbytes(n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,16 +170,7 @@ def run_emit(
     types = plan.type_of()
     specs = [(t.name, t.shape, types[t.name]) for t in context.source.tensors]
     kvs = _kvs(context, statistics, kind, file_type_of(specs), plan.sha256)
-    return emit(
-        context.source,
-        types,
-        kvs,
-        quantizer(statistics, kind),
-        load_ggml(),
-        output,
-        threads=context.threads,
-        progress=context.progress,
-    )
+    return _emit(context, types, kvs, statistics.imatrix(kind), output)
 
 
 def source_gguf(context: Context) -> Path:
@@ -188,24 +180,16 @@ def source_gguf(context: Context) -> Path:
     name, made_from = "source.gguf", digest(["source 1", context.source_sha256])
     if not context.work.has("source", made_from):
         types = {t.name: t.type for t in context.source.tensors}
-        output = context.work.file(name)
-        emit(
-            context.source,
-            types,
-            context.source.kvs,
-            None,
-            load_ggml(),
-            output,
-            threads=context.threads,
-            progress=context.progress,
-        )
+        _emit(context, types, context.source.kvs, None, context.work.file(name))
         context.work.record("source", made_from, [name])
     return context.work.file(name)
 
 
-def quantizer(statistics: Statistics, kind: str) -> Imatrix | None:
-    """The imatrix that weighs the quantizer."""
-    return {ACTIVATION: statistics.activation, GRADIENT: statistics.gradient}.get(kind)
+def _emit(
+    context: Context, types: Mapping[str, GgmlType], kvs: Mapping[str, KV], imatrix: Imatrix | None, output: Path
+) -> int:
+    threads, progress = context.threads, context.progress
+    return emit(context.source, types, kvs, imatrix, load_ggml(), output, threads=threads, progress=progress)
 
 
 def imatrix_file(kind: str) -> str:
@@ -214,7 +198,7 @@ def imatrix_file(kind: str) -> str:
 
 
 def _kvs(context: Context, statistics: Statistics, kind: str, file_type: int, plan_sha256: str | None) -> dict[str, KV]:
-    imatrix = quantizer(statistics, kind)
+    imatrix = statistics.imatrix(kind)
     provenance = Provenance(context.source_sha256, plan_sha256) if plan_sha256 else Provenance()
     return output_kvs(context.source.kvs, file_type, imatrix, IMATRIX_NAME, provenance)
 

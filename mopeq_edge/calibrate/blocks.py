@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mopeq_edge.calibrate.experts import ExpertWeights, RoutedExperts, Tap
 from mopeq_edge.errors import CalibrationError
 from mopeq_edge.source.huggingface import HuggingFaceSource
-from mopeq_edge.source.model import SourceTensor
+from mopeq_edge.source.model import read_rows
 
 
 class BlockModel:
@@ -49,14 +49,11 @@ class BlockModel:
             if len(recipe.parts) == 1 and recipe.parts[0].expert is None and recipe.parts[0].rows is None
         }
 
-    def tensor(self, name: str) -> SourceTensor:
-        return self._by_name[name]
-
     def embed(self, tokens: npt.NDArray[np.int32]) -> Tensor:
         """Rows of the token embedding [n_tokens, n_embd]; reads only the rows that occur."""
         table = self._by_name["token_embd.weight"]
         ids, inverse = np.unique(tokens, return_inverse=True)
-        rows = np.concatenate([self.source.read(table, rows=slice(int(i), int(i) + 1)) for i in ids])
+        rows = read_rows(self.source, table, 0, ids)
         return torch.from_numpy(rows)[torch.from_numpy(inverse.reshape(-1))]
 
     def output_matrix(self) -> Tensor:

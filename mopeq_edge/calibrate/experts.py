@@ -31,13 +31,13 @@ class Recorder:
         if not y.requires_grad:
             return
         x = x.detach()
+        y.register_hook(lambda g: self.saw_gradient(name, x, g, matrix, n_matrices))  # type: ignore[no-untyped-call]
 
-        def saw_gradient(g: Tensor) -> None:
-            weights = g.reshape(len(x), -1).square().sum(dim=1, dtype=torch.float64)
-            squares = weights @ x.square().to(torch.float64)
-            self.gradient.add(name, n_matrices, matrix, squares.numpy(), x.shape[0])
-
-        y.register_hook(saw_gradient)  # type: ignore[no-untyped-call]
+    def saw_gradient(self, name: str, x: Tensor, g: Tensor, matrix: int = 0, n_matrices: int = 1) -> None:
+        """``x`` [n_tokens, n_in] made an output that got the gradient ``g``, n_out numbers a token."""
+        weights = g.reshape(len(x), -1).square().sum(dim=1, dtype=torch.float64)
+        squares = weights @ x.detach().square().to(torch.float64)
+        self.gradient.add(name, n_matrices, matrix, squares.numpy(), x.shape[0])
 
 
 class Tap:

@@ -98,14 +98,10 @@ def _gradient_imatrix(gradients: Sums, activations: Sums, dataset: str, shape: t
             continue
         gradients.values[name], gradients.counts[name] = np.zeros_like(values), np.zeros(len(values))
     total = sum(float(v.sum()) for v in gradients.values.values())
-    weights = sum(float((c[:, None] * np.ones(v.shape[1])).sum()) for v, c in _pairs(gradients))
+    weights = sum(float(gradients.counts[name].sum()) * v.shape[1] for name, v in gradients.values.items())
     scale = total / weights if total > 0 else 1.0
     entries, unrouted = gradients.entries(scale)
     return Imatrix(entries, (dataset,), shape[0], shape[1], kind=GRADIENT, scale=scale, unrouted=unrouted)
-
-
-def _pairs(sums: Sums) -> list[tuple[Doubles, Doubles]]:
-    return [(values, sums.counts[name]) for name, values in sums.values.items()]
 
 
 def _expert_counts(sums: Sums, n_layer: int) -> Mapping[int, Doubles]:

@@ -50,7 +50,7 @@ def convert(model: Path, out: Path, **given: Any) -> None:
 
 
 def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Converted:
-    from mopeq_edge.atomic import atomic_write, check_output
+    from mopeq_edge.atomic import atomic_write
     from mopeq_edge.calibrate.tokens import split_text
     from mopeq_edge.convert import HELD_OUT, ConvertRequest, convert, default_sensitivity
     from mopeq_edge.evaluate.chunks import read_text
@@ -60,7 +60,6 @@ def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Conver
     plan = options.plan_request(given["sensitivity"], given["types"], given["floors"])
     work = options.work_directory_of_output(given["work_dir"], out)
     context = open_context(model, work, pre=given["pre"], threads=given["threads"], progress=progress)
-    check_output(out, context.source.files, force=given["force"])
     text = options.calibration_text(model, given["text"], given["imatrix"])
     evaluation_text, evaluate = given["eval_text"], not given["no_evaluate"]
     # the tail is kept back always: so --no-evaluate and --eval-text reuse the calibration too

@@ -89,7 +89,6 @@ def sensitivity(model: Path, **given: Any) -> None:
       mopeq-edge sensitivity OLMoE-1B-7B --work-dir olmoe.mopeq --sample-rows 64
     """
     from mopeq_edge.cli.console import console_progress, print_json, print_table, rows_table
-    from mopeq_edge.imatrix import ACTIVATION, GRADIENT
     from mopeq_edge.pipeline import run_sensitivity
     from mopeq_edge.plan.candidates import parse_types
     from mopeq_edge.sensitivity.scores import UNITS
@@ -99,7 +98,7 @@ def sensitivity(model: Path, **given: Any) -> None:
         calibrated = _finished_calibration(context)
         kind = given["quantize_with"]
         if kind == "auto":
-            kind = GRADIENT if calibrated.statistics.gradient is not None else ACTIVATION
+            kind = calibrated.statistics.richest
         table = run_sensitivity(context, calibrated, parse_types(given["types"]), kind, given["sample_rows"])
     errors = {score: table.relative_error(score) for score in table.scores}
     file = context.work.file(f"sensitivity-{kind}.safetensors")

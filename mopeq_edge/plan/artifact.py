@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -66,12 +67,7 @@ class Plan:
     @property
     def bpw(self) -> float:
         """llama.cpp's bits per weight: tensor data over the number of weights."""
-        weights = 0
-        for tensor in self.tensors:
-            n = 1
-            for dim in tensor.shape:
-                n *= dim
-            weights += n
+        weights = sum(math.prod(tensor.shape) for tensor in self.tensors)
         return 8 * (self.file_bytes - self.header_bytes) / weights
 
     @property

@@ -9,9 +9,9 @@ from mopeq_edge.artifacts import digest
 from mopeq_edge.errors import PlanError
 from mopeq_edge.ggml.types import BY_NAME, GgmlType
 from mopeq_edge.gguf_file import KV
-from mopeq_edge.gguf_layout import layout, padded_nbytes
+from mopeq_edge.gguf_layout import padded_nbytes
 from mopeq_edge.plan.artifact import STOCK, Plan, PlannedTensor
-from mopeq_edge.plan.budget import Budget
+from mopeq_edge.plan.budget import Budget, header_bytes
 from mopeq_edge.plan.candidates import candidates
 from mopeq_edge.plan.solve import Group, largest_cost, smallest_cost, solve
 from mopeq_edge.sensitivity.scores import UNITS
@@ -48,7 +48,7 @@ def make_plan(
 
     Raises :class:`PlanError` for a budget below the exact minimum, which the message states.
     """
-    header = len(layout(kvs, [(t.name, t.shape, t.type) for t in source.tensors]).header)
+    header = _header_bytes(source, kvs)
     choices = _choices(source, table, options, header)
     smallest = choices.fixed_bytes + smallest_cost(choices.groups)
     largest = choices.fixed_bytes + largest_cost(choices.groups)
@@ -87,7 +87,7 @@ def make_plan(
 
 def require_budget(source: Source, kvs: Mapping[str, KV], budget: Budget, options: PlanOptions) -> None:
     """Raise :class:`PlanError` for a budget that no plan can meet, from shapes alone: before hours of work."""
-    header = len(layout(kvs, [(t.name, t.shape, t.type) for t in source.tensors]).header)
+    header = _header_bytes(source, kvs)
     smallest, _ = size_range(source, kvs, options, has_imatrix=True)
     _require_room(budget, budget.file_bytes(header, source.tensors), smallest)
 
@@ -102,7 +102,7 @@ def _require_room(budget: Budget, limit: int, smallest: int) -> None:
 
 def size_range(source: Source, kvs: Mapping[str, KV], options: PlanOptions, *, has_imatrix: bool) -> tuple[int, int]:
     """(smallest, largest) bytes that a plan can have; needs no sensitivity."""
-    total = [len(layout(kvs, [(t.name, t.shape, t.type) for t in source.tensors]).header)] * 2
+    total = [_header_bytes(source, kvs)] * 2
     for tensor in source.tensors:
         kinds = candidates(tensor, options.types, has_imatrix=has_imatrix, floors=options.floors)
         sizes = [padded_nbytes(tensor.shape, kind) for kind in kinds]
@@ -110,9 +110,14 @@ def size_range(source: Source, kvs: Mapping[str, KV], options: PlanOptions, *, h
     return total[0], total[1]
 
 
+def _header_bytes(source: Source, kvs: Mapping[str, KV]) -> int:
+    return header_bytes(kvs, [(t.name, t.shape, t.type) for t in source.tensors])
+
+
 def _choices(source: Source, table: SensitivityTable, options: PlanOptions, header: int) -> _Choices:
     tensors, types, groups = [], [], []
     fixed = header
+    asked_for = {t.name for t in options.types}
     for tensor in source.tensors:
         if not tensor.quantizable:
             fixed += padded_nbytes(tensor.shape, tensor.type)
@@ -124,7 +129,7 @@ def _choices(source: Source, table: SensitivityTable, options: PlanOptions, head
                 "run sensitivity again on this source"
             )
         # what was measured decides which types an imatrix allowed
-        measured = [BY_NAME[name] for name in errors.types if name in {t.name for t in options.types}]
+        measured = [BY_NAME[name] for name in errors.types if name in asked_for]
         allowed = candidates(tensor, measured, has_imatrix=True, floors=options.floors)
         total = errors.damage[options.sensitivity].sum(axis=1)
         costs = tuple(padded_nbytes(tensor.shape, kind) for kind in allowed)

@@ -13,9 +13,7 @@ from mopeq_edge.ggml.library import Ggml
 from mopeq_edge.ggml.types import GgmlType
 from mopeq_edge.imatrix import Imatrix
 from mopeq_edge.sensitivity.scores import Doubles, Pricing
-from mopeq_edge.source.model import Source, SourceTensor
-
-Floats = npt.NDArray[np.float32]
+from mopeq_edge.source.model import Source, SourceTensor, read_rows
 
 ROWS_AT_ONCE = 2**21
 """Weights that one piece of work holds as float32, at most (one row at least)."""
@@ -69,7 +67,7 @@ def measure_tensor(
     at_once = max(1, ROWS_AT_ONCE // tensor.n_in)
 
     def one_piece(matrix: int, piece: npt.NDArray[np.int64]) -> tuple[float, dict[str, Doubles], dict[str, Doubles]]:
-        w = _read_rows(source, tensor, matrix, piece)
+        w = read_rows(source, tensor, matrix, piece)
         sums = {score: np.zeros(len(types)) for score in pricings}
         sums2 = {score: np.zeros(len(types)) for score in pricings}
         for index, kind in enumerate(types[:-1]):
@@ -102,13 +100,6 @@ def measure_tensor(
         variance=variance,
         norms=np.sqrt(norms),
     )
-
-
-def _read_rows(source: Source, tensor: SourceTensor, matrix: int, rows: npt.NDArray[np.int64]) -> Floats:
-    """The given rows [len(rows), n_in]; runs of neighbours are read in one piece."""
-    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-    runs = np.split(rows, breaks)
-    return np.concatenate([source.read(tensor, matrix, slice(int(r[0]), int(r[-1]) + 1)) for r in runs])
 
 
 def _sampling_variance(sums: Doubles, squares: Doubles, n: int, total: int) -> Doubles:

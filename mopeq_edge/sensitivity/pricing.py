@@ -9,7 +9,7 @@ import numpy as np
 
 from mopeq_edge.calibrate.statistics import Routing
 from mopeq_edge.errors import CalibrationError
-from mopeq_edge.imatrix import PRIOR_COUNT, Imatrix
+from mopeq_edge.imatrix import ACTIVATION, GRADIENT, PRIOR_COUNT, Imatrix
 from mopeq_edge.sensitivity.scores import (
     FISHER,
     FREQUENCY,
@@ -33,6 +33,15 @@ class Statistics:
     activation: Imatrix | None = None
     gradient: Imatrix | None = None
     routing: Routing | None = None
+
+    def imatrix(self, kind: str) -> Imatrix | None:
+        """The imatrix of ``kind``: ``activation``, ``gradient``; None for any other."""
+        return {ACTIVATION: self.activation, GRADIENT: self.gradient}.get(kind)
+
+    @property
+    def richest(self) -> str:
+        """The kind that knows most: ``gradient`` where there is one."""
+        return GRADIENT if self.gradient is not None else ACTIVATION
 
     def available(self) -> tuple[str, ...]:
         """Scores that these statistics allow."""

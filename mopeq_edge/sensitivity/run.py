@@ -9,7 +9,6 @@ import numpy as np
 
 from mopeq_edge.ggml.library import Ggml
 from mopeq_edge.ggml.types import GgmlType
-from mopeq_edge.imatrix import ACTIVATION, GRADIENT, Imatrix
 from mopeq_edge.plan.candidates import candidates
 from mopeq_edge.progress import Progress
 from mopeq_edge.sensitivity.measure import measure_tensor, total_matrices
@@ -41,7 +40,7 @@ def measure_sensitivity(
     Floors do not apply here, so one table serves every choice of floors. ``sample_rows`` rows are measured of each
     expert's matrix, :data:`SINGLE_MATRIX_ROWS` times as many of other matrices; None measures all.
     """
-    imatrix = quantizer_imatrix(statistics, quantize_with)
+    imatrix = statistics.imatrix(quantize_with)
     tensors = [t for t in source.tensors if t.quantizable]
     with ThreadPoolExecutor(threads) as pool:
         norms = _norms(source, tensors, pool, progress)
@@ -73,11 +72,6 @@ def _rows_to_measure(tensor: SourceTensor, sample_rows: int | None) -> int | Non
     if sample_rows is None or tensor.role is Role.EXPERT:
         return sample_rows
     return sample_rows * SINGLE_MATRIX_ROWS
-
-
-def quantizer_imatrix(statistics: Statistics, kind: str) -> Imatrix | None:
-    """The imatrix of ``kind``: ``activation``, ``gradient``, or None for ``none``."""
-    return {ACTIVATION: statistics.activation, GRADIENT: statistics.gradient}.get(kind)
 
 
 def _norms(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -140,6 +140,13 @@ def moe_shape(source: Source) -> MoeShape:
             "models, use llama-quantize for this one"
         )
     return shape
+
+
+def read_rows(source: Source, tensor: SourceTensor, matrix: int, rows: npt.NDArray[np.integer[Any]]) -> Floats:
+    """The given rows [len(rows), n_in], sorted; runs of neighbours are read in one piece."""
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    runs = np.split(rows, breaks)
+    return np.concatenate([source.read(tensor, matrix, slice(int(r[0]), int(r[-1]) + 1)) for r in runs])
 
 
 def require_finite(values: Floats, path: Path, tensor: SourceTensor, matrix: int) -> Floats:
