@@ -12,10 +12,12 @@ import numpy as np
 
 from mopeq_edge.atomic import atomic_path
 from mopeq_edge.errors import FormatError, PlanError
+from mopeq_edge.expert_groups.layout import Grouping, Types, expert_map, file_layout
+from mopeq_edge.expert_groups.read import read_groups
 from mopeq_edge.ggml.library import Bytes, Floats, Ggml
 from mopeq_edge.ggml.types import NEEDS_IMATRIX, GgmlType
 from mopeq_edge.gguf_file import KV, read_header
-from mopeq_edge.gguf_layout import Layout, TensorSpec, layout
+from mopeq_edge.gguf_layout import Layout
 from mopeq_edge.imatrix import Imatrix
 from mopeq_edge.progress import Progress
 from mopeq_edge.source.model import Source, SourceTensor
@@ -26,7 +28,7 @@ WEIGHTS_AT_ONCE = 2**20
 
 def emit(
     source: Source,
-    types: Mapping[str, GgmlType],
+    types: Types,
     kvs: Mapping[str, KV],
     imatrix: Imatrix | None,
     ggml: Ggml,
@@ -35,19 +37,20 @@ def emit(
     threads: int,
     progress: Progress,
 ) -> int:
-    """Write ``path`` with every tensor of ``source`` in its type of ``types``. Returns the file's bytes.
+    """Write ``path`` with every tensor of ``source`` in its type, or groups, of ``types``. Returns the file's bytes.
 
     The file appears under its name only when it is whole and has been read back. Memory does not grow with
     the model: a few pieces of work for each of ``threads`` are in flight. The bytes do not depend on threads.
+    An expert has the same bits in a group as in a stack of the group's type.
     """
     blind = without_imatrix(source, types, imatrix)
     if blind:
+        needy = next(kind for kind in kinds_of(types[blind[0]]) if kind.name in NEEDS_IMATRIX)
         raise PlanError(
-            f"tensor '{blind[0]}': type {types[blind[0]].name} needs an imatrix entry and the imatrix has none; "
+            f"tensor '{blind[0]}': type {needy.name} needs an imatrix entry and the imatrix has none; "
             "plan again with this imatrix, or emit with the one that the plan was made with"
         )
-    specs: list[TensorSpec] = [(t.name, t.shape, types[t.name]) for t in source.tensors]
-    plan = layout(kvs, specs)
+    plan = file_layout(kvs, source.tensors, types)
     with atomic_path(path) as temporary:
         with (
             temporary.open("xb") as file,
@@ -55,54 +58,82 @@ def emit(
             progress.step("emit", sum(t.n_weights for t in source.tensors)) as step,
         ):
             file.write(plan.header)
-            for tensor, info in zip(source.tensors, plan.tensors, strict=True):
-                for blocks in _quantized(source, tensor, info.type, imatrix, ggml, pool, in_flight=2 * threads):
+
+            def write(tensor: SourceTensor, kind: GgmlType, matrices: Sequence[int]) -> None:
+                for blocks in _quantized(source, tensor, kind, matrices, imatrix, ggml, pool, in_flight=2 * threads):
                     file.write(blocks.data)
-                    step.advance(blocks.nbytes / info.type.type_size * info.type.block_size)
-                file.write(b"\0" * (-info.nbytes % plan.alignment))
+                    step.advance(blocks.nbytes / kind.type_size * kind.block_size)
+                file.write(b"\0" * (-file.tell() % plan.alignment))
+
+            for tensor in source.tensors:
+                kind = types[tensor.name]
+                if isinstance(kind, GgmlType):
+                    write(tensor, kind, range(tensor.n_matrices))
+                    continue
+                for group in kind:
+                    write(tensor, group.type, group.experts)
+                file.write(expert_map(kind, tensor.n_matrices).tobytes())
+                file.write(b"\0" * (-file.tell() % plan.alignment))
             file.flush()
             os.fsync(file.fileno())
-        check_written(temporary, plan, specs)
+        check_written(temporary, plan)
+        check_groups(temporary, types)
     return plan.file_size
 
 
-def without_imatrix(source: Source, types: Mapping[str, GgmlType], imatrix: Imatrix | None) -> list[str]:
-    """Tensors whose type of ``types`` libggml cannot quantize to without an imatrix, which they lack."""
+def kinds_of(kind: GgmlType | Grouping) -> tuple[GgmlType, ...]:
+    """The types that a tensor is written in."""
+    return (kind,) if isinstance(kind, GgmlType) else tuple(group.type for group in kind)
+
+
+def without_imatrix(source: Source, types: Types, imatrix: Imatrix | None) -> list[str]:
+    """Tensors with a type in ``types`` that libggml cannot quantize to without an imatrix, which they lack."""
     known = imatrix.entries if imatrix is not None else {}
     return [
         t.name
         for t in source.tensors
-        if types[t.name].name in NEEDS_IMATRIX and types[t.name] is not t.type and t.name not in known
+        if t.name not in known
+        and any(kind.name in NEEDS_IMATRIX and kind is not t.type for kind in kinds_of(types[t.name]))
     ]
 
 
-def check_written(path: Path, plan: Layout, specs: Sequence[TensorSpec]) -> None:
+def check_written(path: Path, plan: Layout) -> None:
     """Read the header of ``path`` back and compare names, shapes, types and size with what was planned."""
     header = read_header(path)
-    found = [(t.name, t.shape, t.type) for t in header.tensors]
-    for want, got in zip(specs, found, strict=False):
-        if want != got:
+    for want, got in zip(plan.tensors, header.tensors, strict=False):
+        if (want.name, want.shape, want.type) != (got.name, got.shape, got.type):
             raise FormatError(
-                f"{path}: tensor '{want[0]}' was planned as {want[2].name} {list(want[1])}, "
-                f"written as '{got[0]}' {got[2].name} {list(got[1])}; this is a bug, please report it"
+                f"{path}: tensor '{want.name}' was planned as {want.type.name} {list(want.shape)}, "
+                f"written as '{got.name}' {got.type.name} {list(got.shape)}; this is a bug, please report it"
             )
-    if len(found) != len(specs) or header.file_size != plan.file_size:
+    n_planned, n_found = len(plan.tensors), len(header.tensors)
+    if n_found != n_planned or header.file_size != plan.file_size:
         raise FormatError(
-            f"{path}: planned {len(specs)} tensors and {plan.file_size} bytes, written {len(found)} tensors and "
+            f"{path}: planned {n_planned} tensors and {plan.file_size} bytes, written {n_found} tensors and "
             f"{header.file_size} bytes; this is a bug, please report it"
         )
+
+
+def check_groups(path: Path, types: Types) -> None:
+    """Read the maps of ``path`` back and compare every expert's group with what was planned."""
+    planned = {name: kind for name, kind in types.items() if not isinstance(kind, GgmlType)}
+    found = {stack.name: stack.groups for stack in read_groups(read_header(path))}
+    for name in sorted(planned.keys() | found.keys()):
+        if planned.get(name) != found.get(name):
+            raise FormatError(f"{path}: the groups of '{name}' are not as planned; this is a bug, please report it")
 
 
 def _quantized(
     source: Source,
     tensor: SourceTensor,
     kind: GgmlType,
+    matrices: Sequence[int],
     imatrix: Imatrix | None,
     ggml: Ggml,
     pool: ThreadPoolExecutor,
     in_flight: int,
 ) -> Iterator[Bytes]:
-    """The bytes of ``tensor`` as ``kind``, in order, a piece at a time."""
+    """The bytes of the ``matrices`` of ``tensor`` as ``kind``, in order, a piece at a time."""
     entry = imatrix.entries.get(tensor.name) if imatrix is not None else None
     weights = entry.mean() if entry is not None and kind.is_quantized else None
     if weights is not None and weights.shape != (tensor.n_matrices, tensor.n_in):
@@ -120,7 +151,7 @@ def _quantized(
     waiting: deque[Future[Bytes]] = deque()
     at_once = max(1, WEIGHTS_AT_ONCE // tensor.n_in)
     try:
-        for matrix in range(tensor.n_matrices):
+        for matrix in matrices:
             for start in range(0, tensor.n_out, at_once):
                 rows = slice(start, min(start + at_once, tensor.n_out))
                 waiting.append(pool.submit(one_piece, matrix, rows))

@@ -10,9 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from mopeq_edge.emit import emit
+from mopeq_edge.expert_groups.layout import Types
+from mopeq_edge.ggml.library import load_ggml
 from mopeq_edge.ggml.types import GgmlType
 from mopeq_edge.gguf_file import KV
 from mopeq_edge.gguf_layout import layout
+from mopeq_edge.imatrix import Imatrix
+from mopeq_edge.progress import SilentProgress
 from mopeq_edge.source.model import Source
 
 TOKENIZER_FROM = Path(__file__).parent.parent / "examples" / "tiny-olmoe"
@@ -28,6 +33,16 @@ def write_gguf(source: Source, path: Path) -> None:
                 file.write(source.read_stored(tensor, matrix).tobytes())
             file.write(b"\0" * (-file.tell() % place.alignment))
     assert path.stat().st_size == place.file_size
+
+
+def write_quantized_gguf(source: Source, types: Types, path: Path, imatrix: Imatrix | None = None) -> None:
+    """Write ``source`` with the tensors in ``types`` so, the others as they are stored.
+
+    A stack may have any groups, also several of one type: ``{"blk.0.ffn_up_exps.weight": (ExpertGroup(BY_NAME["Q3_K"],
+    (0, 2)), ExpertGroup(BY_NAME["Q3_K"], (1, 3)))}``. Needs libggml.
+    """
+    every = {t.name: types.get(t.name, t.type) for t in source.tensors}
+    emit(source, every, source.kvs, imatrix, load_ggml(), path, threads=2, progress=SilentProgress())
 
 
 def write_raw_gguf(

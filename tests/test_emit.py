@@ -8,65 +8,22 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 import pytest
 
-from mopeq_edge.emit import WEIGHTS_AT_ONCE, check_written, emit
+from mopeq_edge.emit import check_written, emit
 from mopeq_edge.errors import FormatError, PlanError, SourceError
 from mopeq_edge.ggml.library import Ggml, load_ggml
 from mopeq_edge.ggml.types import BY_NAME, F32, QUANTIZABLE, GgmlType
-from mopeq_edge.gguf_file import KV, read_header
-from mopeq_edge.gguf_layout import TensorSpec, layout, string
+from mopeq_edge.gguf_file import read_header
+from mopeq_edge.gguf_layout import TensorSpec, layout
 from mopeq_edge.imatrix import Entry, Imatrix, read_imatrix, write_imatrix
 from mopeq_edge.output_kvs import FILE_TYPES, Provenance, file_type_of, output_kvs
 from mopeq_edge.plan.artifact import tensor_type_lines
 from mopeq_edge.progress import SilentProgress, Step
 from mopeq_edge.source.huggingface import HuggingFaceSource
-from mopeq_edge.source.model import SourceTensor
 
+from .arrays import KVS, ArraySource
 from .builders import write_raw_gguf
-
-Floats = npt.NDArray[np.float32]
-Bytes = npt.NDArray[np.uint8]
-
-KVS: Mapping[str, KV] = {"general.architecture": string("olmoe"), "general.name": string("made up")}
-
-
-class ArraySource:
-    """A source of random BF16 and F32 matrices. ``broken`` names a matrix that cannot be read."""
-
-    path = Path("memory")
-    kind = "huggingface"
-    architecture = "olmoe"
-    kvs = KVS
-    warnings: tuple[str, ...] = ()
-    files: tuple[Path, ...] = ()
-
-    def __init__(self, broken: tuple[str, int] | None = None) -> None:
-        self.tensors = (
-            SourceTensor("token_embd.weight", (96, 41), BY_NAME["BF16"]),
-            SourceTensor("blk.0.attn_norm.weight", (33,), F32),
-            # One matrix is more than one piece of work
-            SourceTensor("blk.0.attn_q.weight", (512, WEIGHTS_AT_ONCE // 512 * 2 + 17), BY_NAME["BF16"]),
-            SourceTensor("blk.0.ffn_up_exps.weight", (96, 7, 9), BY_NAME["BF16"]),
-            SourceTensor("blk.0.ffn_gate_inp.weight", (96, 9), F32),
-        )
-        self.broken = broken
-        rng = np.random.default_rng(4)
-        self.values = {
-            t.name: (rng.standard_normal((t.n_matrices, t.n_out, t.n_in), dtype=np.float32).view("<u4") & 0xFFFF0000)
-            for t in self.tensors
-        }
-
-    def read(self, tensor: SourceTensor, matrix: int = 0, rows: slice | None = None) -> Floats:
-        if (tensor.name, matrix) == self.broken:
-            raise SourceError(f"{tensor.name}, expert {matrix}: broken")
-        return self.values[tensor.name].view(np.float32)[matrix, rows or slice(None)]
-
-    def read_stored(self, tensor: SourceTensor, matrix: int = 0, rows: slice | None = None) -> Bytes:
-        values = self.read(tensor, matrix, rows).view("<u4")
-        return (values if tensor.type is F32 else (values >> 16).astype("<u2")).view(np.uint8)
-
 
 TYPES: Mapping[str, GgmlType] = {
     "token_embd.weight": BY_NAME["BF16"],
@@ -178,7 +135,7 @@ def test_a_file_that_is_not_what_was_planned(tmp_path: Path) -> None:
     path = tmp_path / "out.gguf"
     specs: list[TensorSpec] = [("a.weight", (32, 2), BY_NAME["Q4_0"]), ("b.weight", (8, 4), F32)]
     write_raw_gguf(path, KVS, [(*specs[0], bytes(36)), (*specs[1], bytes(128))])
-    check_written(path, layout(KVS, specs), specs)
+    check_written(path, layout(KVS, specs))
     iq4_nl = BY_NAME["IQ4_NL"]
     others: list[tuple[list[TensorSpec], str]] = [
         # IQ4_NL has as many bytes as Q4_0
@@ -191,10 +148,10 @@ def test_a_file_that_is_not_what_was_planned(tmp_path: Path) -> None:
     ]
     for wrong, message in others:
         with pytest.raises(FormatError, match=message):
-            check_written(path, layout(KVS, wrong), wrong)
+            check_written(path, layout(KVS, wrong))
     path.write_bytes(path.read_bytes() + bytes(32))
     with pytest.raises(FormatError, match=r"planned 2 tensors and .* bytes, written 2 tensors and"):
-        check_written(path, layout(KVS, specs), specs)
+        check_written(path, layout(KVS, specs))
 
 
 def test_output_kvs(imatrix: Imatrix) -> None:
