@@ -30,3 +30,7 @@ class OutputError(MopeqError):
 
 class RuntimeMissingError(MopeqError):
     """llama.cpp libraries or tools that are not installed or do not work."""
+
+
+class PatchError(MopeqError):
+    """A llama.cpp source tree that our patch does not fit, or a patch that cannot be read."""

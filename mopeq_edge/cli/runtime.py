@@ -1,4 +1,4 @@
-"""``mopeq-edge runtime``: install llama.cpp and show what is installed."""
+"""``mopeq-edge runtime``: install llama.cpp, show what is installed, patch a llama.cpp of one's own."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 def runtime() -> None:
     """Install llama.cpp and show what is installed.
 
-    mopeq-edge builds the llama.cpp release that its Python binding was made for and keeps it in
-    ~/.cache/mopeq-edge, or in the directory that MOPEQ_EDGE_CACHE names.
+    mopeq-edge builds the llama.cpp release that its Python binding was made for, with a patch that lets the
+    experts of a layer have different types, and keeps it in ~/.cache/mopeq-edge, or in the directory that
+    MOPEQ_EDGE_CACHE names. Every other file runs in it as in the stock llama.cpp.
 
     \b
     Example:
@@ -28,21 +29,39 @@ def runtime() -> None:
 @runtime.command()
 @click.option("--jobs", type=click.IntRange(min=1), help="Compilers that run at once (default: one per CPU).")
 @click.option("--force", is_flag=True, help="Build again even if it is installed.")
+@click.option("--stock", is_flag=True, help="Without the patch, to compare with; both builds can be installed.")
+@click.option("--cuda", is_flag=True, help="For NVIDIA GPUs; needs the CUDA toolkit.")
+@click.option(
+    "--cuda-arch",
+    metavar="N",
+    help="With --cuda: the GPU's compute capability, 87 for Jetson Orin (default: this machine's, from nvidia-smi).",
+)
 @click.option(
     "--sdist",
     type=click.Path(exists=True, path_type=Path),
     help="Source distribution of llama-cpp-python, archive or directory, instead of a download.",
 )
-def install(jobs: int | None, force: bool, sdist: Path | None) -> None:
+def install(jobs: int | None, force: bool, stock: bool, cuda: bool, cuda_arch: str | None, sdist: Path | None) -> None:
     """Build llama.cpp: tools, libraries and its converter.
 
-    Needs a C++ compiler, cmake and about 0.6 GB of disk while it builds; 5 to 15 minutes.
+    Needs a C++ compiler, cmake and about 0.6 GB of disk while it builds; 5 to 15 minutes, with --cuda longer.
     """
     from mopeq_edge.cli.console import console_progress
+    from mopeq_edge.llama_cpp.bundle import STOCK, build_name
+    from mopeq_edge.llama_cpp.tree import apply_patches
+    from mopeq_edge.runtime.gpu import cuda_backend
     from mopeq_edge.runtime.install import install as install_runtime
+    from mopeq_edge.runtime.locate import CPU
 
+    if cuda_arch is not None and not cuda:
+        raise click.UsageError("--cuda-arch goes with --cuda")
+    build = STOCK if stock else build_name()
+    backend = cuda_backend(cuda_arch) if cuda else CPU
+    prepare = None if build == STOCK else apply_patches
     with console_progress() as progress:
-        done = install_runtime(progress, jobs=jobs, force=force, sdist=sdist)
+        done = install_runtime(
+            progress, jobs=jobs, force=force, sdist=sdist, build=build, backend=backend, prepare=prepare
+        )
     click.echo(f"llama.cpp of llama-cpp-python {done.version} ({done.build_id}) is in {done.directory}")
 
 

@@ -15,14 +15,17 @@ from pathlib import Path
 
 from mopeq_edge.errors import RuntimeMissingError
 from mopeq_edge.progress import Progress
+from mopeq_edge.runtime.gpu import cuda_arch
+from mopeq_edge.runtime.locate import CPU
 from mopeq_edge.runtime.process import describe_exit, last_words, run_lines
 
-BACKEND_OPTIONS = {
-    "cpu": ("-DGGML_METAL=OFF",),
-    "cuda": ("-DGGML_CUDA=ON",),
-}
+CPU_OPTIONS = ("-DGGML_METAL=OFF",)
+CUDA_OPTIONS = ("-DGGML_CUDA=ON",)
+"""Without the architecture, which the backend names."""
 
 _LOG_LINES = 400
+# NVIDIA's packages put it there and not on PATH.
+_USUAL_NVCC = Path("/usr/local/cuda/bin/nvcc")
 _C_COMPILERS = ("cc", "gcc", "clang")
 _CXX_COMPILERS = ("c++", "g++", "clang++")
 _NINJA_COUNT = re.compile(r"^\[\s*(\d+)/(\d+)\]")
@@ -37,16 +40,17 @@ _FILE_SYSTEM_FULL = "No space left on device"
 
 @dataclass(frozen=True)
 class BuildTools:
-    """The programs that build: cmake, and ninja if there is one."""
+    """The programs that build: cmake, ninja if there is one, and nvcc for a CUDA build."""
 
     cmake: Path
     ninja: Path | None
+    nvcc: Path | None = None
 
 
-def find_build_tools() -> BuildTools:
+def find_build_tools(*, cuda: bool = False) -> BuildTools:
     """Look on PATH and beside this Python, where pip puts the cmake and ninja wheels.
 
-    Raises RuntimeMissingError that names what to install: cmake, or a C or C++ compiler.
+    Raises RuntimeMissingError that names what to install: cmake, a C or C++ compiler, or with ``cuda`` nvcc.
     """
     cmake = _find_program("cmake")
     if cmake is None:
@@ -55,11 +59,17 @@ def find_build_tools() -> BuildTools:
     if sys.platform != "win32":
         _check_compiler("C", "CC", _C_COMPILERS)
         _check_compiler("C++", "CXX", _CXX_COMPILERS)
-    return BuildTools(cmake, _find_program("ninja"))
+    return BuildTools(cmake, _find_program("ninja"), _find_nvcc() if cuda else None)
 
 
 def cmake_options(backend: str) -> tuple[str, ...]:
-    """What CMake is told about the build, apart from paths of this machine."""
+    """What CMake is told about the build, apart from paths of this machine.
+
+    ``backend`` is "cpu", or "cuda" with the architecture, e.g. "cuda87". Raises ValueError for another one.
+    """
+    arch = cuda_arch(backend)
+    if arch is None and backend != CPU:
+        raise ValueError(f"backend must be cpu or cuda with an architecture, such as cuda87, got {backend!r}")
     beside_itself = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
     options: tuple[str, ...] = (
         "-DCMAKE_BUILD_TYPE=Release",
@@ -88,7 +98,9 @@ def cmake_options(backend: str) -> tuple[str, ...]:
         # optimized into a crash; only server CPUs have AMX.
         no_amx = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
         options += (f"-DCMAKE_C_FLAGS_INIT={no_amx}", f"-DCMAKE_CXX_FLAGS_INIT={no_amx}")
-    return options + BACKEND_OPTIONS[backend]
+    if arch is None:
+        return options + CPU_OPTIONS
+    return (*options, *CUDA_OPTIONS, f"-DCMAKE_CUDA_ARCHITECTURES={arch}")
 
 
 class CMakeBuild:
@@ -108,6 +120,7 @@ class CMakeBuild:
             **os.environ,
             "NINJA_STATUS": "[%f/%t] ",
             "GIT_CEILING_DIRECTORIES": str(source.parent),
+            **({"CUDACXX": str(tools.nvcc)} if tools.nvcc is not None else {}),
         }
 
     def configure(self, options: Sequence[str]) -> None:
@@ -170,6 +183,18 @@ def _reason(lines: Sequence[str]) -> str:
 def _find_program(name: str) -> Path | None:
     found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
     return Path(found) if found else None
+
+
+def _find_nvcc() -> Path:
+    chosen = os.environ.get("CUDACXX")
+    found = shutil.which(chosen or "nvcc") or (None if chosen else shutil.which(_USUAL_NVCC))
+    if found is None:
+        wanted = f"CUDACXX={chosen}" if chosen else f"nvcc on PATH and {_USUAL_NVCC}"
+        raise RuntimeMissingError(
+            f"no CUDA compiler was found (looked for {wanted}); install the CUDA toolkit, on Jetson "
+            "the package cuda-toolkit of JetPack"
+        )
+    return Path(found)
 
 
 def _check_compiler(language: str, variable: str, names: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mopeq_edge.errors import RuntimeMissingError
+from mopeq_edge.llama_cpp.bundle import STOCK
 from mopeq_edge.progress import Progress
 from mopeq_edge.runtime.cmake import CMakeBuild, cmake_options, find_build_tools
 from mopeq_edge.runtime.locate import (
@@ -18,7 +19,6 @@ from mopeq_edge.runtime.locate import (
     CPU,
     STAMP_FORMAT,
     STAMP_NAME,
-    STOCK,
     TOOLS,
     Runtime,
     build_id,
@@ -49,14 +49,14 @@ def install(
     sdist: Path | None = None,
     build: str = STOCK,
     backend: str = CPU,
-    prepare: Callable[[Path], None] | None = None,
+    prepare: Callable[[Path], object] | None = None,
 ) -> Runtime:
     """Build llama.cpp and put it into the cache; return at once if it is there, unless ``force``.
 
     ``jobs`` compilers run at once (default: one per CPU). ``sdist`` is a source distribution of
     llama-cpp-python (archive or directory) to use instead of a download. ``build`` and ``backend``
     name the build, see `locate.build_id`; ``prepare`` is called with the private copy of the
-    source tree before CMake and may change it.
+    source tree before CMake and may change it: `apply_patches` makes the build `build_name`.
 
     Raises RuntimeMissingError if something is missing or fails; then no build is left behind, an
     earlier one stays, and the end of the build's output is in a file that the message names.
@@ -90,7 +90,7 @@ def _install(
     sdist: Path | None,
     build: str,
     backend: str,
-    prepare: Callable[[Path], None] | None,
+    prepare: Callable[[Path], object] | None,
 ) -> Runtime:
     target = runtime_directory(build, backend)
     work, staged, old, log = (
@@ -98,7 +98,7 @@ def _install(
         for suffix in (f"build-{os.getpid()}", f"tmp-{os.getpid()}", f"old-{os.getpid()}", "log")
     )
     version = pinned_version()
-    tools = find_build_tools()
+    tools = find_build_tools(cuda=backend != CPU)
     _check_space(target.parent)
     try:
         if sdist is None:

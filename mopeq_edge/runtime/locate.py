@@ -17,12 +17,12 @@ from pathlib import Path
 from types import ModuleType
 
 from mopeq_edge.errors import RuntimeMissingError
+from mopeq_edge.llama_cpp.bundle import STOCK, build_name
 
 CACHE_VARIABLE = "MOPEQ_EDGE_CACHE"
 LIBRARY_VARIABLE = "LLAMA_CPP_LIB_PATH"
 BINDING = "llama-cpp-python"
 
-STOCK = "stock"
 CPU = "cpu"
 
 STAMP_NAME = "runtime.json"
@@ -86,7 +86,7 @@ def pinned_version() -> str:
 
 
 def build_id(build: str = STOCK, backend: str = CPU) -> str:
-    """Name of one build of a version: ``build`` is "stock" or a patch hash, ``backend`` e.g. "cuda".
+    """Name of one build of a version: ``build`` is "stock" or `build_name`, ``backend`` e.g. "cuda87".
 
     Raises ValueError for names that could not be a part of a file name.
     """
@@ -101,12 +101,17 @@ def runtime_directory(build: str = STOCK, backend: str = CPU) -> Path:
     return cache_root() / f"llama.cpp-{pinned_version()}-{build_id(build, backend)}"
 
 
-def find_runtime(build: str = STOCK, backend: str = CPU) -> Runtime | None:
+def find_runtime(build: str | None = None, backend: str = CPU) -> Runtime | None:
     """The installed build of the pinned version, or None if there is no complete one.
 
-    A build is complete when its stamp is there and readable: the installer writes it last. A
-    stamp in another format counts as not installed.
+    Without ``build`` it is the patched llama.cpp, which does all that the stock one does, or the
+    stock one where only that is installed.
+
+    A build is complete when its stamp is there and readable: the installer writes it last. A stamp
+    in another format counts as not installed.
     """
+    if build is None:
+        return find_runtime(build_name(), backend) or find_runtime(STOCK, backend)
     directory = runtime_directory(build, backend)
     stamp = _read_stamp(directory / STAMP_NAME)
     if stamp is None:
@@ -117,19 +122,21 @@ def find_runtime(build: str = STOCK, backend: str = CPU) -> Runtime | None:
     return found
 
 
-def require_runtime(build: str = STOCK, backend: str = CPU) -> Runtime:
+def require_runtime(build: str | None = None, backend: str = CPU) -> Runtime:
     """Like `find_runtime`, but raises RuntimeMissingError that says how to install it."""
     found = find_runtime(build, backend)
     if found is None:
+        name = build_id(build_name() if build is None else build, backend)
+        options = (" --stock" if build == STOCK != build_name() else "") + ("" if backend == CPU else " --cuda")
         raise RuntimeMissingError(
-            f"llama.cpp of {BINDING} {pinned_version()} (build {build_id(build, backend)}) is not "
-            f"installed in {cache_root()}; run: mopeq-edge runtime install"
+            f"llama.cpp of {BINDING} {pinned_version()} (build {name}) is not "
+            f"installed in {cache_root()}; run: mopeq-edge runtime install{options}"
         )
     return found
 
 
 def tool(name: str, runtime: Runtime | None = None) -> Path:
-    """Path of a llama.cpp tool such as "llama-quantize", by default of the installed stock build.
+    """Path of a llama.cpp tool such as "llama-quantize", by default of the installed build.
 
     Raises RuntimeMissingError if there is no build or the build lacks the tool.
     """
@@ -146,8 +153,8 @@ def executable_suffix() -> str:
 
 
 def library_dir() -> Path:
-    """Directory of libllama and libggml: $LLAMA_CPP_LIB_PATH, else the installed stock build, else
-    the ``lib`` directory of a llama-cpp-python that was installed with its libraries.
+    """Directory of libllama and libggml: $LLAMA_CPP_LIB_PATH, else those of `find_runtime`, for the
+    CPU, else the ``lib`` directory of a llama-cpp-python that was installed with its libraries.
 
     Raises RuntimeMissingError if none of them has libggml-base.
     """

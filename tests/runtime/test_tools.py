@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 from click.testing import CliRunner
 
+from mopeq_edge.cli import cli
 from mopeq_edge.errors import MopeqError, OutputError, RuntimeMissingError
 from mopeq_edge.progress import SilentProgress
 from mopeq_edge.runtime.locate import Runtime
@@ -82,9 +83,7 @@ def test_an_exception_ends_the_whole_process_group(tmp_path: Path) -> None:
 
 
 def invoke_info(*options: str) -> str:
-    from mopeq_edge.cli.runtime import runtime
-
-    result = CliRunner().invoke(runtime, ["info", *options])
+    result = CliRunner().invoke(cli, ["runtime", "info", *options])
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -125,18 +124,16 @@ def test_info_without_an_installation(cache: Path, monkeypatch: pytest.MonkeyPat
 def test_install_command_hands_over_its_options(
     installed: Runtime, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from mopeq_edge.cli.runtime import runtime
-
     console = ModuleType("mopeq_edge.cli.console")
     console.console_progress = lambda: nullcontext(SilentProgress())  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "mopeq_edge.cli.console", console)
-    result = CliRunner().invoke(runtime, ["install"])
+    result = CliRunner().invoke(cli, ["runtime", "install"])
     assert (result.exit_code, result.exception) == (0, None)
     assert str(installed.directory) in result.output
-    result = CliRunner().invoke(runtime, ["install", "--force", "--jobs", "1", "--sdist", str(tmp_path)])
+    result = CliRunner().invoke(cli, ["runtime", "install", "--force", "--jobs", "1", "--sdist", str(tmp_path)])
     assert isinstance(result.exception, RuntimeMissingError)
     assert f"{tmp_path}: expected a source distribution" in str(result.exception)
-    assert CliRunner().invoke(runtime, ["install", "--jobs", "0"]).exit_code == 2
+    assert CliRunner().invoke(cli, ["runtime", "install", "--jobs", "0"]).exit_code == 2
 
 
 @pytest.mark.runtime
