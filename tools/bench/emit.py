@@ -6,7 +6,6 @@ Prints the ratios of medians, ours over theirs: below 1 is better.
 from __future__ import annotations
 
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -16,7 +15,8 @@ import click
 
 from mopeq_edge.cli.console import available_threads, print_json
 from mopeq_edge.runtime.locate import tool
-from tools.bench.models import write_random_olmoe
+from tools.bench.measure import run
+from tools.bench.models import Shape, write_random_olmoe
 
 # A process of its own, like llama-quantize, so that start-up and memory are counted alike.
 _OURS = """
@@ -34,25 +34,6 @@ emit(source, types, source.kvs, None, load_ggml(), Path(sys.argv[2]), threads=th
 """
 
 
-# The kernel counts the memory of the process that starts a program too, so a small one does.
-_STARTER = """
-import os, subprocess, sys, time
-start = time.perf_counter()
-process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-_, status, usage = os.wait4(process.pid, 0)
-print(status, time.perf_counter() - start, usage.ru_maxrss / 1024)
-"""
-
-
-def run(command: list[str]) -> tuple[float, float]:
-    """(wall seconds, peak resident MiB) of ``command``."""
-    starter = [sys.executable, "-I", "-S", "-c", _STARTER, *command]
-    status, seconds, peak = subprocess.run(starter, check=True, capture_output=True, text=True).stdout.split()
-    if status != "0":
-        raise SystemExit(f"{command[0]}: failed with status {status}")
-    return float(seconds), float(peak)
-
-
 @click.command()
 @click.option("--layers", default=4, show_default=True, help="Blocks.")
 @click.option("--experts", default=16, show_default=True, help="Experts of a block.")
@@ -66,7 +47,7 @@ def main(layers: int, experts: int, embd: int, ff: int, kind: str, rounds: int, 
     """Compare emit with llama-quantize on a random-weight model."""
     with tempfile.TemporaryDirectory() as folder:
         source, ours, theirs = (Path(folder) / name for name in ("source.gguf", "ours.gguf", "theirs.gguf"))
-        weights = write_random_olmoe(source, n_layer=layers, n_expert=experts, n_embd=embd, n_ff=ff)
+        weights = write_random_olmoe(source, Shape(layers, experts, embd, ff))
         commands = {
             "ours": [sys.executable, "-c", _OURS, str(source), str(ours), kind, str(threads)],
             "llama-quantize": [str(tool("llama-quantize")), "--pure", str(source), str(theirs), kind, str(threads)],

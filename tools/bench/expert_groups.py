@@ -1,0 +1,159 @@
+"""Speed and memory of expert groups against stock files of equal bytes, in one llama.cpp, in turn.
+
+Prefill and decode in llama-bench on a random-weight OLMoE, as ratios of medians to the stock file (above 1 is
+better), and peak memory of loading as ratio to it (below 1 is better). A mix of types is compared with what its
+uniform files take per token, weighted by rows: so a slow kernel of one type does not count as a cost of grouping.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mopeq_edge.cli.console import available_threads, print_json
+from mopeq_edge.expert_groups.layout import ExpertGroup, Grouping, Types
+from mopeq_edge.ggml.types import BY_NAME, GgmlType, type_named
+from mopeq_edge.runtime.locate import tool
+from tools.bench.measure import llama_bench, run
+from tools.bench.models import Shape, write_random_olmoe
+
+REST = BY_NAME["Q6_K"]
+"""Type of everything but experts."""
+
+Speeds = dict[tuple[int, str], float]
+"""Tokens per second by (threads, "prefill" or "decode")."""
+
+
+@click.command()
+@click.option("--layers", default=8, show_default=True, help="Blocks.")
+@click.option("--experts", default=64, show_default=True, help="Experts of a block.")
+@click.option("--used", default=8, show_default=True, help="Experts of a token.")
+@click.option("--embd", default=1024, show_default=True, help="Hidden size.")
+@click.option("--ff", default=1024, show_default=True, help="Hidden size of an expert.")
+@click.option("--same", default="Q3_K", show_default=True, help="Type of all groups in the uniform file.")
+@click.option("--mix", default="Q2_K,Q3_K,Q4_K", show_default=True, help="Types of the groups in the mixed file.")
+@click.option("--threads", default="1,2", show_default=True, help="Numbers of threads.")
+@click.option("--prompt", default=256, show_default=True, help="Tokens of prefill.")
+@click.option("--generate", default=64, show_default=True, help="Tokens of decode.")
+@click.option("--rounds", default=5, show_default=True, help="Runs of each, in turn.")
+@click.option("--bench", type=click.Path(exists=True, path_type=Path), help="llama-bench to use (default: installed).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def main(
+    layers: int,
+    experts: int,
+    used: int,
+    embd: int,
+    ff: int,
+    same: str,
+    mix: str,
+    threads: str,
+    prompt: int,
+    generate: int,
+    rounds: int,
+    bench: Path | None,
+    as_json: bool,
+) -> None:
+    """Compare per-expert with stock files."""
+    program = bench or tool("llama-bench")
+    shape = Shape(layers, experts, embd, ff, used)
+    kinds = [type_named(name) for name in mix.split(",")]
+    files: dict[str, Types] = {kind.name: _types(shape, kind) for kind in {*kinds, type_named(same)}}
+    files[f"{same} in {len(kinds)} groups"] = _types(shape, [type_named(same)] * len(kinds))
+    files[f"{mix} in groups"] = _types(shape, kinds)
+    numbers = [int(n) for n in threads.split(",")]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {name: Path(folder) / f"{index}.gguf" for index, name in enumerate(files)}
+        for name, types in files.items():
+            weights = write_random_olmoe(paths[name], shape, types)
+        speeds = _speeds(program, paths, numbers, rounds, prompt, generate)
+        peaks = {mmap: _peaks(program, paths, mmap, rounds) for mmap in ("mmap", "none")}
+        sizes = {name: path.stat().st_size for name, path in paths.items()}
+    result: dict[str, Any] = {"weights": weights, "cpus": available_threads(), "files": {}}
+    for name in files:
+        result["files"][name] = {
+            "bytes": sizes[name],
+            "tokens_per_second": {f"{what}, {n} threads": value for (n, what), value in speeds[name].items()},
+            "peak_mib": {mmap: peak[name] for mmap, peak in peaks.items()},
+        }
+    grouped, mixed = list(files)[-2:]
+    result["ratios"] = {
+        grouped: _ratios(speeds[grouped], speeds[same]),
+        mixed: _ratios(speeds[mixed], _average([speeds[kind.name] for kind in kinds])),
+    }
+    result["memory_ratios"] = {mmap: peak[grouped] / peak[same] for mmap, peak in peaks.items()}
+    if as_json:
+        print_json(result)
+        return
+    _print(result)
+
+
+def _types(shape: Shape, kinds: GgmlType | Sequence[GgmlType]) -> Types:
+    """Every matrix in :data:`REST`; stacks in one type, or in groups of equal size that are drawn for each stack."""
+    tensors = shape.tensors(n_vocab=1)
+    types: dict[str, GgmlType | Grouping] = {t.name: REST for t in tensors if t.quantizable}
+    for tensor in tensors:
+        if tensor.projection is None:
+            continue
+        if isinstance(kinds, GgmlType):
+            types[tensor.name] = kinds
+            continue
+        order = list(range(shape.n_expert))
+        random.Random(tensor.name).shuffle(order)
+        parts = [tuple(sorted(order[g :: len(kinds)])) for g in range(len(kinds))]
+        types[tensor.name] = tuple(ExpertGroup(kind, part) for kind, part in zip(kinds, parts, strict=True))
+    return types
+
+
+def _speeds(
+    program: Path, paths: Mapping[str, Path], threads: Sequence[int], rounds: int, prompt: int, generate: int
+) -> dict[str, Speeds]:
+    found: dict[str, dict[tuple[int, str], list[float]]] = {name: defaultdict(list) for name in paths}
+    for turn in range(rounds):
+        # back and forth, so that a machine that warms up favours nobody
+        for name in sorted(paths, reverse=bool(turn % 2)):
+            for n in threads:
+                rows = llama_bench(program, paths[name], prompt=prompt, generate=generate, threads=n)
+                for what, value in rows.items():
+                    found[name][n, what].append(value)
+    return {name: {key: statistics.median(v) for key, v in values.items()} for name, values in found.items()}
+
+
+def _peaks(program: Path, paths: Mapping[str, Path], mmap: str, rounds: int) -> dict[str, float]:
+    """Median peak resident MiB of loading and of one token."""
+    peaks: dict[str, list[float]] = defaultdict(list)
+    for _ in range(rounds):
+        for name, path in paths.items():
+            command = [str(program), "-m", str(path), "-p", "0", "-n", "1", "-r", "1", "-t", "1"]
+            peaks[name].append(run([*command, "-lm", mmap])[1])
+    return {name: statistics.median(values) for name, values in peaks.items()}
+
+
+def _ratios(ours: Speeds, theirs: Speeds) -> dict[str, float]:
+    return {f"{what}, {n} threads": ours[n, what] / theirs[n, what] for n, what in ours}
+
+
+def _average(uniform: Sequence[Speeds]) -> Speeds:
+    """Speed whose time per token is the mean of the uniform files' times: the mix has as many rows of each type."""
+    return {key: len(uniform) / sum(1 / speeds[key] for speeds in uniform) for key in uniform[0]}
+
+
+def _print(result: dict[str, Any]) -> None:
+    click.echo(f"{result['weights']:,} weights, {result['cpus']} CPUs")
+    for name, file in result["files"].items():
+        speeds = "  ".join(f"{what} {value:.1f} t/s" for what, value in file["tokens_per_second"].items())
+        peaks = ", ".join(f"{value:.0f} MiB ({mmap})" for mmap, value in file["peak_mib"].items())
+        click.echo(f"{name}: {file['bytes']:,} bytes; {speeds}; peak {peaks}")
+    for name, ratios in result["ratios"].items():
+        click.echo(f"{name}: " + "  ".join(f"{what} {value:.3f}" for what, value in ratios.items()))
+    click.echo("peak memory: " + "  ".join(f"{value:.4f} ({mmap})" for mmap, value in result["memory_ratios"].items()))
+
+
+if __name__ == "__main__":
+    main()
