@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mopeq_edge.errors import MopeqError
-from mopeq_edge.runtime.locate import import_llama_cpp
+from mopeq_edge.runtime.locate import import_llama_cpp, library_dir
+from mopeq_edge.runtime.per_expert import why_it_does_not_load
 
 Tokens = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -89,7 +90,8 @@ class LlamaModel:
         self._log.clear()
         self._model = c.llama_model_load_from_file(os.fsencode(self.path), params)
         if not self._model:
-            raise MopeqError(f"{self.path}: llama.cpp cannot load it: {self._log.reason()}")
+            known = why_it_does_not_load(self.path, library_dir())
+            raise MopeqError(known or f"{self.path}: llama.cpp cannot load it: {self._log.reason()}")
 
     def _open_context(self, n_ctx: int, n_batch: int, n_threads: int, plain: bool) -> None:
         c = self._c

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from converters import CONVERTERS
+from mopeq_edge.llama_cpp.bundle import STOCK, build_name
 from mopeq_edge.runtime.locate import find_runtime
 from mopeq_edge.source.huggingface import HuggingFaceSource, open_huggingface
 
@@ -17,8 +18,11 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny-olmoe"
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """A missing llama.cpp fails the tests that need it: skipped tests would look like passed ones."""
-    if item.get_closest_marker("runtime") is not None and find_runtime() is None:
-        pytest.fail("llama.cpp is not installed; run: mopeq-edge runtime install", pytrace=False)
+    if item.get_closest_marker("runtime") is None:
+        return
+    for build, options in ((build_name(), ""), (STOCK, " --stock")):
+        if find_runtime(build) is None:
+            pytest.fail(f"llama.cpp is not installed; run: mopeq-edge runtime install{options}", pytrace=False)
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,9 @@ COMMANDS: Mapping[str, tuple[str, str, str]] = {
     "plan": ("mopeq_edge.cli.stages", "plan", "Choose types under a byte budget."),
     "emit": ("mopeq_edge.cli.stages", "emit", "Write the GGUF of a plan."),
     "evaluate": ("mopeq_edge.cli.evaluate", "evaluate", "KLD and PPL of a GGUF against its source."),
-    "runtime": ("mopeq_edge.cli.runtime", "runtime", "Install llama.cpp and show what is installed."),
+    "run": ("mopeq_edge.cli.run", "run", "Run a GGUF in llama-cli."),
+    "serve": ("mopeq_edge.cli.run", "serve", "Serve a GGUF with llama-server."),
+    "runtime": ("mopeq_edge.cli.runtime", "runtime", "Install, show or patch llama.cpp."),
 }
 """Name: (module, attribute, one line of help), in the order of the pipeline."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,41 @@ def install(jobs: int | None, force: bool, stock: bool, cuda: bool, cuda_arch: s
 
 
 @runtime.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--check", is_flag=True, help="Only say whether the patch fits; change nothing.")
+@click.option("--reverse", is_flag=True, help="Take the patch out again.")
+def patch(directory: Path, check: bool, reverse: bool) -> None:
+    """Patch a llama.cpp of your own, so that it runs per-expert files.
+
+    DIR is the root of llama.cpp's source. All of the patch is applied or nothing is changed.
+
+    \b
+    Example:
+      mopeq-edge runtime patch ~/llama.cpp --check
+    """
+    from mopeq_edge.llama_cpp.tree import apply_patches
+
+    done = apply_patches(directory, check=check, reverse=reverse)
+    if done.already:
+        state = "has no patch in it" if reverse else "is patched already"
+        click.echo(f"{directory}: {state}; nothing was changed")
+        return
+    added, removed = (sum(getattr(change, side) for change in done.changes) for side in ("added", "removed"))
+    size = f"{len(done.changes)} files, {added} lines added, {removed} removed"
+    if check:
+        state = "can be taken out" if reverse else "fits"
+        click.echo(f"{directory}: the patch {state} ({size}); nothing was changed")
+        return
+    click.echo(f"{directory}: {'unpatched' if reverse else 'patched'}: {size}")
+    tree, build = shlex.quote(str(directory)), shlex.quote(str(directory / "build"))
+    click.echo(f"Build it: cmake -S {tree} -B {build} -DCMAKE_BUILD_TYPE=Release && cmake --build {build} -j")
+    if not reverse:
+        click.echo(
+            f"For mopeq-edge to use it: export LLAMA_CPP_LIB_PATH={shlex.quote(str(directory / 'build' / 'bin'))}"
+        )
+
+
+@runtime.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def info(as_json: bool) -> None:
     """Show the installed llama.cpp, its tools and the libraries in use."""
@@ -87,12 +123,14 @@ def _as_dict(found: RuntimeInfo) -> dict[str, object]:
         "binding_matches": found.binding_matches,
         "binding_version": found.binding_version,
         "build": installed.build_id if installed else None,
+        "builds": {build.build_id: what for build, what in found.builds},
         "cache": str(found.cache),
         "directory": str(installed.directory) if installed else None,
         "installed": installed is not None,
         "library_dir": str(found.library_dir) if found.library_dir else None,
         "library_error": found.library_error,
         "others": list(found.others),
+        "runs_expert_groups": found.runs_expert_groups,
         "tools": {
             tool.name: {"path": str(tool.path) if tool.path else None, "version": tool.version} for tool in found.tools
         },
@@ -107,6 +145,7 @@ def _rows(found: RuntimeInfo) -> list[tuple[str, str]]:
         False: "has no libraries to load",
         None: "LLAMA_CPP_LIB_PATH is set: cannot tell whether it matches the libraries",
     }[found.binding_matches]
+    remedy = "unset LLAMA_CPP_LIB_PATH" if found.library_chosen else "run: mopeq-edge runtime install"
     rows = [
         ("version", installed.version if installed else "not installed; run: mopeq-edge runtime install"),
         ("build", installed.build_id if installed else "-"),
@@ -116,5 +155,10 @@ def _rows(found: RuntimeInfo) -> list[tuple[str, str]]:
     rows += [
         ("libraries", str(found.library_dir or found.library_error)),
         ("binding", f"llama-cpp-python {found.binding_version}: {matches}"),
+        ("per-expert files", "run with these libraries" if found.runs_expert_groups else f"do not run: {remedy}"),
+    ]
+    rows += [
+        ("installed", f"{build.build_id}, {what}{', in use' if build == installed else ''}")
+        for build, what in found.builds
     ]
     return rows + [("also there", name) for name in found.others]

@@ -8,17 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mopeq_edge.errors import RuntimeMissingError
+from mopeq_edge.llama_cpp.bundle import STOCK, build_name
 from mopeq_edge.runtime.locate import (
+    CPU,
     LIBRARY_VARIABLE,
     STAMP_NAME,
     TOOLS,
     Runtime,
     cache_root,
     find_runtime,
+    installed_builds,
     library_dir,
     pinned_version,
     tool,
 )
+from mopeq_edge.runtime.per_expert import runs_expert_groups
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,9 @@ class ToolInfo:
 class RuntimeInfo:
     """State of the llama.cpp runtime.
 
-    ``runtime`` is the stock build for the installed binding, ``others`` are directories in the
-    cache that this binding does not use, ``library_error`` says why ``library_dir`` is None,
+    ``runtime`` is the build in use, ``builds`` are all that are installed for this binding, each
+    with a word on what it is, ``others`` are directories in the cache that this binding does not
+    use. ``runs_expert_groups`` is about ``library_dir``, ``library_error`` says why that is None,
     ``library_chosen`` is true if $LLAMA_CPP_LIB_PATH decided it.
     """
 
@@ -46,13 +51,15 @@ class RuntimeInfo:
     library_dir: Path | None
     library_error: str | None
     library_chosen: bool
+    runs_expert_groups: bool
+    builds: tuple[tuple[Runtime, str], ...]
     others: tuple[str, ...]
 
     @property
     def binding_matches(self) -> bool | None:
         """Whether the libraries are those that the Python binding was made for; None if unknown.
 
-        The stock build and the libraries inside the package match by construction; libraries that
+        Our build and the libraries inside the package match by construction; libraries that
         $LLAMA_CPP_LIB_PATH names carry no release that could be compared.
         """
         if self.library_dir is None:
@@ -74,6 +81,7 @@ def collect_info() -> RuntimeInfo:
     except RuntimeMissingError as error:
         problem = str(error)
     root = cache_root()
+    builds = installed_builds()
     return RuntimeInfo(
         binding_version=version,
         cache=root,
@@ -82,14 +90,22 @@ def collect_info() -> RuntimeInfo:
         library_dir=libraries,
         library_error=problem,
         library_chosen=bool(os.environ.get(LIBRARY_VARIABLE)),
+        runs_expert_groups=libraries is not None and runs_expert_groups(libraries),
+        builds=tuple((build, _describe(build.build_id)) for build in builds),
         others=tuple(
             sorted(
                 stamp.parent.name
                 for stamp in root.glob(f"llama.cpp-*/{STAMP_NAME}")
-                if runtime is None or stamp.parent != runtime.directory
+                if stamp.parent not in [build.directory for build in builds]
             )
         ),
     )
+
+
+def _describe(build: str) -> str:
+    name, _, backend = build.partition("-")
+    kinds = {build_name(): "with our patch", STOCK: "without our patch"}
+    return f"{kinds.get(name, 'with an earlier patch, not used')}, for {backend or CPU}"
 
 
 def _tool_info(name: str, runtime: Runtime) -> ToolInfo:

@@ -122,6 +122,19 @@ def find_runtime(build: str | None = None, backend: str = CPU) -> Runtime | None
     return found
 
 
+def installed_builds() -> tuple[Runtime, ...]:
+    """Every complete build of the pinned version, by name."""
+    version = pinned_version()
+    prefix = f"llama.cpp-{version}-"
+    found = []
+    for path in sorted(cache_root().glob(f"{prefix}*/{STAMP_NAME}")):
+        name = path.parent.name.removeprefix(prefix)
+        stamp = _read_stamp(path)
+        if stamp is not None and (stamp.get("version"), stamp.get("build")) == (version, name):
+            found.append(Runtime(version, name, path.parent))
+    return tuple(found)
+
+
 def require_runtime(build: str | None = None, backend: str = CPU) -> Runtime:
     """Like `find_runtime`, but raises RuntimeMissingError that says how to install it."""
     found = find_runtime(build, backend)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +16,8 @@ from mopeq_edge.errors import MopeqError
 from mopeq_edge.evaluate.divergence import compare
 from mopeq_edge.gguf_file import KV, ValueType, read_header
 from mopeq_edge.gguf_layout import layout
+from mopeq_edge.llama_cpp.bundle import STOCK
+from mopeq_edge.runtime.locate import require_runtime
 
 pytestmark = pytest.mark.runtime
 
@@ -189,3 +194,23 @@ def test_a_missing_file(tmp_path: Path) -> None:
 def test_the_version_names_both_packages() -> None:
     assert library_version().startswith("llama.cpp ")
     assert "llama-cpp-python 0." in library_version()
+
+
+def test_a_per_expert_file_in_a_stock_llama_cpp_says_which_one_runs_it(tmp_path: Path) -> None:
+    """In a process of its own, since the libraries are chosen once."""
+    file = tmp_path / "x.gguf"
+    key = "mopeq.expert_groups.version"
+    kvs = {"general.architecture": KV(ValueType.STRING, "olmoe"), key: KV(ValueType.UINT32, 1)}
+    file.write_bytes(layout(kvs, []).header)
+    stock = require_runtime(STOCK).bin
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom mopeq_edge.binding import LlamaModel\n"
+        "from mopeq_edge.errors import MopeqError\n"
+        "try: LlamaModel(Path(sys.argv[1]))\nexcept MopeqError as error: print(error)"
+    )
+    env = {**os.environ, "LLAMA_CPP_LIB_PATH": str(stock)}
+    done = subprocess.run([sys.executable, "-c", code, file], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == (
+        f"{file}: has experts of different types (expert groups, version 1), which the llama.cpp in {stock} does not "
+        "run; leave LLAMA_CPP_LIB_PATH unset and use the patched llama.cpp (mopeq-edge runtime install)\n"
+    )

@@ -12,8 +12,11 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from mopeq_edge.cli import cli
 from mopeq_edge.errors import MopeqError, RuntimeMissingError
+from mopeq_edge.llama_cpp import bundle
 from mopeq_edge.progress import SilentProgress
 from mopeq_edge.runtime import cmake
 from mopeq_edge.runtime.cmake import CMakeBuild, cmake_options, percent_done
@@ -363,3 +366,47 @@ def test_make_serves_without_ninja(sdists: SdistMaker, tmp_path: Path) -> None:
     assert len(amounts) > 2
     with pytest.raises(MopeqError, match=r"could not be built.*no-such-target"):
         tree.build(["no-such-target"], 1, recorder)
+
+
+PATCH = b"""\
+--- a/src/llama-graph.cpp
++++ b/src/llama-graph.cpp
+@@ -1,1 +1,2 @@
+ // graph
++// with groups
+"""
+
+
+def test_the_command_builds_the_patched_source(
+    sdists: SdistMaker, cache: Path, installed: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOPEQ_EDGE_CACHE", str(cache))
+    monkeypatch.setattr(bundle, "patch_files", lambda: {"a.patch": PATCH})
+    monkeypatch.setattr("mopeq_edge.llama_cpp.diff.patch_files", bundle.patch_files)
+    graph = Path("vendor/llama.cpp/src/llama-graph.cpp")
+    sources: list[str] = []
+
+    def configure(self: CMakeBuild, options: object) -> None:
+        sources.append((self.tree.parent / "source" / graph).read_text())
+        shutil.copytree(installed.bin, self.tree / "bin", symlinks=True)
+
+    monkeypatch.setattr(CMakeBuild, "configure", configure)
+    monkeypatch.setattr(CMakeBuild, "build", lambda *args: None)
+    changes = {"CMakeLists.txt": 'project("llama.cpp" C CXX)\n', "src/llama-graph.cpp": "// graph\n"}
+    root = sdists.tree(changes=changes)
+    for options in (["--stock"], [], []):
+        done = CliRunner().invoke(cli, ["runtime", "install", "--sdist", str(root), *options])
+        assert done.exit_code == 0, done.exception
+    assert sources == ["// graph\n", "// graph\n// with groups\n"]
+    assert (root / graph).read_text() == "// graph\n"
+    version, name = pinned_version(), bundle.build_name()
+    assert names(cache) == [f"llama.cpp-{version}-{name}", f"llama.cpp-{version}-stock", "runtime.lock"]
+    # The patched build is what is used from now on; nothing can be patched that is not llama.cpp.
+    found = find_runtime()
+    assert found is not None
+    assert (found.build_id, library_dir()) == (name, found.bin)
+    (root / graph).write_text("// another graph\n")
+    said = CliRunner().invoke(cli, ["runtime", "install", "--force", "--sdist", str(root)])
+    assert "src/llama-graph.cpp hunk 1 of a.patch ('// graph' is nowhere)" in str(said.exception)
+    assert find_runtime() == found
+    assert len(names(cache)) == 3

@@ -14,10 +14,13 @@ from click.testing import CliRunner
 
 from mopeq_edge.cli import cli
 from mopeq_edge.errors import MopeqError, OutputError, RuntimeMissingError
+from mopeq_edge.llama_cpp import bundle
 from mopeq_edge.progress import SilentProgress
 from mopeq_edge.runtime.locate import Runtime
 from mopeq_edge.runtime.process import describe_exit, last_words, run_lines
 from mopeq_edge.runtime.tools import run_tool
+
+from .builds import PATCHED, PATCHES, write_build
 
 
 def test_arguments_and_directory_reach_the_tool(installed: Runtime, tmp_path: Path) -> None:
@@ -104,6 +107,26 @@ def test_info_of_an_installation(installed: Runtime) -> None:
     assert table["directory"] == str(installed.directory)
 
 
+def test_info_of_several_builds(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle, "patch_files", lambda: PATCHES)
+    monkeypatch.setattr("mopeq_edge.runtime.info.build_name", bundle.build_name)
+    write_build(cache, "stock")
+    assert "per-expert files  do not run: run: mopeq-edge runtime install" in invoke_info()
+    for name in (PATCHED, f"{PATCHED}-cuda87", "groups0000000000"):
+        write_build(cache, name)
+    found = json.loads(invoke_info("--json"))
+    assert (found["build"], found["runs_expert_groups"], found["others"]) == (PATCHED, True, [])
+    assert found["builds"] == {
+        "groups0000000000": "with an earlier patch, not used, for cpu",
+        PATCHED: "with our patch, for cpu",
+        f"{PATCHED}-cuda87": "with our patch, for cuda87",
+        "stock": "without our patch, for cpu",
+    }
+    lines = invoke_info().splitlines()
+    assert f"installed         {PATCHED}, with our patch, for cpu, in use" in lines
+    assert "per-expert files  run with these libraries" in lines
+
+
 def test_info_without_an_installation(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     other = cache / "llama.cpp-0.0.1-stock"
@@ -113,6 +136,7 @@ def test_info_without_an_installation(cache: Path, monkeypatch: pytest.MonkeyPat
     assert (found["installed"], found["tools"], found["library_dir"]) == (False, {}, None)
     assert found["binding_matches"] is False
     assert found["others"] == ["llama.cpp-0.0.1-stock"]
+    assert (found["builds"], found["runs_expert_groups"]) == ({}, False)
     assert "run: mopeq-edge runtime install" in invoke_info()
     (tmp_path / "libggml-base.so").touch()
     monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(tmp_path))
@@ -127,10 +151,12 @@ def test_install_command_hands_over_its_options(
     console = ModuleType("mopeq_edge.cli.console")
     console.console_progress = lambda: nullcontext(SilentProgress())  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "mopeq_edge.cli.console", console)
-    result = CliRunner().invoke(cli, ["runtime", "install"])
+    result = CliRunner().invoke(cli, ["runtime", "install", "--stock"])
     assert (result.exit_code, result.exception) == (0, None)
     assert str(installed.directory) in result.output
-    result = CliRunner().invoke(cli, ["runtime", "install", "--force", "--jobs", "1", "--sdist", str(tmp_path)])
+    result = CliRunner().invoke(
+        cli, ["runtime", "install", "--stock", "--force", "--jobs", "1", "--sdist", str(tmp_path)]
+    )
     assert isinstance(result.exception, RuntimeMissingError)
     assert f"{tmp_path}: expected a source distribution" in str(result.exception)
     assert CliRunner().invoke(cli, ["runtime", "install", "--jobs", "0"]).exit_code == 2

@@ -1,0 +1,105 @@
+"""``mopeq-edge run`` and ``serve``: llama-cli and llama-server of the llama.cpp that runs the file."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+from mopeq_edge.cli.console import FILE
+from mopeq_edge.errors import RuntimeMissingError
+from mopeq_edge.runtime.choose import BUILDS, prepare_start
+
+_Command = Callable[[str, Path, tuple[str, ...]], None]
+
+
+def _arguments(command: _Command) -> _Command:
+    """``[--build B] FILE [ARGS]...``: what follows FILE is the tool's."""
+    for decorate in (
+        click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[ARGS]..."),
+        click.argument("file", type=FILE),
+        click.option(
+            "--build",
+            type=click.Choice(list(BUILDS)),
+            default="auto",
+            help="Which llama.cpp: auto takes the one that LLAMA_CPP_LIB_PATH names, else cuda if that is installed "
+            "and nvidia-smi finds a GPU, else cpu.",
+        ),
+    ):
+        command = decorate(command)
+    return command
+
+
+_SETTINGS = {"allow_interspersed_args": False}
+
+
+@click.command(context_settings=_SETTINGS)
+@_arguments
+def run(build: str, file: Path, args: tuple[str, ...]) -> None:
+    """Run FILE in llama-cli; ARGS go to it as they are.
+
+    Per-expert files run in the llama.cpp that mopeq-edge patches and installs, all others in any. What follows
+    FILE, also after a --, is llama-cli's: mopeq-edge run FILE -- --help shows its help.
+
+    \b
+    Example:
+      mopeq-edge run out.gguf -n 64 -p Hello
+    """
+    _start("llama-cli", build, file, args)
+
+
+@click.command(context_settings=_SETTINGS)
+@_arguments
+def serve(build: str, file: Path, args: tuple[str, ...]) -> None:
+    """Serve FILE with llama-server; ARGS go to it as they are.
+
+    Per-expert files run in the llama.cpp that mopeq-edge patches and installs, all others in any. What follows
+    FILE, also after a --, is llama-server's: mopeq-edge serve FILE -- --help shows its help.
+
+    \b
+    Example:
+      mopeq-edge serve out.gguf --port 8080
+    """
+    _start("llama-server", build, file, args)
+
+
+def _start(name: str, build: str, file: Path, args: Sequence[str]) -> NoReturn:
+    start = prepare_start(name, file, build)
+    click.echo(start.message, err=True)
+    # click leaves a -- that follows FILE in place
+    passed = args[1:] if args[:1] == ("--",) else args
+    command = [str(start.program), "-m", str(file), *passed]
+    try:
+        if os.name == "posix":
+            _replace_this_process(command)
+        sys.exit(_wait(command))
+    except OSError as error:
+        raise RuntimeMissingError(
+            f"{start.program} could not start: {error.strerror}; run: mopeq-edge runtime install --force"
+        ) from error
+
+
+def _replace_this_process(command: list[str]) -> NoReturn:
+    """Signals, the terminal and the exit code are then the tool's own."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Python ignores these for itself, and a program inherits what is ignored.
+    for ignored in ("SIGPIPE", "SIGXFSZ"):
+        signal.signal(getattr(signal, ignored), signal.SIG_DFL)
+    os.execv(command[0], command)
+
+
+def _wait(command: list[str]) -> int:
+    with subprocess.Popen(command) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                # The console has told the tool too; it decides.
+                continue

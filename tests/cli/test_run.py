@@ -1,0 +1,208 @@
+"""``run`` and ``serve`` start the right tool with the arguments as they were given; ``runtime patch`` on toy trees."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from mopeq_edge.cli import cli
+from mopeq_edge.errors import PatchError
+from mopeq_edge.gguf_file import KV, ValueType
+from mopeq_edge.llama_cpp import bundle
+
+from ..llama_cpp.trees import ALL, digest, make_tree
+from ..runtime.builds import PATCHED, PATCHES, write_build, write_file, write_per_expert, write_tools
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="the stand-ins are shell scripts")
+
+CODE = f"""
+from mopeq_edge.llama_cpp import bundle
+bundle.patch_files = lambda: {PATCHES}
+from mopeq_edge.cli import main
+main()
+"""
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def mopeq_edge(cache: Path, *args: object, **env: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if name != "LLAMA_CPP_LIB_PATH"}
+    return subprocess.run(
+        [sys.executable, "-c", CODE, *map(str, args)],
+        env={**kept, "MOPEQ_EDGE_CACHE": str(cache), **env},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+ODD = [
+    "-p",
+    "two  words",
+    "",
+    "--temp=0.7",
+    "-ngl",
+    "99",
+    "--build",
+    "x",
+    "*",
+    "$HOME",
+    "é\n",
+    "-h",
+    "--help",
+    "--",
+    "-",
+]
+
+
+@pytest.mark.parametrize(("command", "tool"), [("run", "llama-cli"), ("serve", "llama-server")])
+def test_arguments_reach_the_tool_as_they_are(cache: Path, tmp_path: Path, command: str, tool: str) -> None:
+    patched = write_build(cache, PATCHED)
+    file = write_per_expert(tmp_path / "a b.gguf")
+    done = mopeq_edge(cache, command, file, *ODD)
+    assert done.stdout == f"{patched / tool}\n[-m]\n[{file}]\n" + "".join(f"[{arg}]\n" for arg in ODD)
+    assert done.returncode == 7
+    expected = f"{file}: expert groups, version 1 (per-expert types): running in the patched llama.cpp {PATCHED}\n"
+    assert done.stderr == expected
+
+
+def test_the_tool_s_help_and_ours(cache: Path, tmp_path: Path) -> None:
+    write_build(cache, PATCHED)
+    file = write_file(tmp_path / "x.gguf")
+    for args in (["--", "--help"], ["--help"]):
+        done = mopeq_edge(cache, "run", file, *args)
+        assert done.stdout.splitlines()[1:] == ["[-m]", f"[{file}]", "[--help]"]
+        assert done.stderr == f"{file}: stock GGUF: runs in any llama.cpp\n"
+    assert mopeq_edge(cache, "run", "--", file, "--", "--").stdout.splitlines()[3:] == ["[--]"]
+    assert mopeq_edge(cache, "run", "--help", file).stdout.startswith("Usage: ")
+    assert mopeq_edge(cache, "run", file).stdout.splitlines()[1:] == ["[-m]", f"[{file}]"]
+
+
+def test_the_process_becomes_the_tool(cache: Path, tmp_path: Path) -> None:
+    """The same process, stdin, and no signal ignored: a tool in a pipe must end when its reader does."""
+    script = '#!/bin/sh\necho $$; cat; grep SigIgn "/proc/$$/status" 2>/dev/null\n'
+    write_tools(write_build(cache, PATCHED), script)
+    file = write_file(tmp_path / "x.gguf")
+    process = subprocess.Popen(
+        [sys.executable, "-c", CODE, "run", str(file)],
+        env={**os.environ, "MOPEQ_EDGE_CACHE": str(cache), "LLAMA_CPP_LIB_PATH": ""},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    said, _ = process.communicate("typed\n", timeout=60)
+    lines = said.splitlines()
+    assert lines[:2] == [str(process.pid), "typed"]
+    if sys.platform == "linux":
+        assert int(lines[2].split()[1], 16) & (1 << 12 | 1 << 24) == 0  # SIGPIPE and SIGXFSZ
+
+
+def error_of(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("mopeq-edge: error: ")
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+def test_errors_before_anything_starts(cache: Path, tmp_path: Path) -> None:
+    file, stock = write_per_expert(tmp_path / "x.gguf"), write_file(tmp_path / "stock.gguf")
+    (tmp_path / "text.gguf").write_text("this is no model")
+    assert "run: mopeq-edge runtime install" in error_of(mopeq_edge(cache, "run", file))
+    write_build(cache, "stock")
+    patched = write_build(cache, PATCHED)
+    for command in ("run", "serve"):
+        assert "leave out --build stock" in error_of(mopeq_edge(cache, command, "--build", "stock", file))
+        assert "not a GGUF file" in error_of(mopeq_edge(cache, command, tmp_path / "text.gguf"))
+        assert "cannot be read" in error_of(mopeq_edge(cache, command, tmp_path / "none.gguf"))
+        assert "cannot be read" in error_of(mopeq_edge(cache, command, tmp_path))
+        future = write_file(tmp_path / "future.gguf", KV(ValueType.UINT32, 2))
+        assert "expected 1 (UINT32)" in error_of(mopeq_edge(cache, command, future))
+    own = cache / f"llama.cpp-{patched.parent.name.split('-')[1]}-stock" / "bin"
+    assert "unset LLAMA_CPP_LIB_PATH" in error_of(mopeq_edge(cache, "run", file, LLAMA_CPP_LIB_PATH=str(own)))
+    assert mopeq_edge(cache, "run", stock, LLAMA_CPP_LIB_PATH=str(own)).stdout.startswith(f"{own}/llama-cli\n")
+    assert mopeq_edge(cache, "run").returncode == 2
+    assert mopeq_edge(cache, "run", "-ngl", "9", file).returncode == 2
+    (patched / "llama-cli").write_text("#!/no/such/program\n")
+    done = mopeq_edge(cache, "run", file)
+    assert done.returncode == 1
+    assert "llama-cli could not start: No such file or directory; run: mopeq-edge" in done.stderr
+
+
+@pytest.fixture
+def patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {f"{number}.patch": text.encode() for number, text in enumerate(ALL)}
+    monkeypatch.setattr("mopeq_edge.llama_cpp.diff.patch_files", lambda: found)
+
+
+def patch(tree: Path, *options: str) -> str:
+    done = CliRunner().invoke(cli, ["runtime", "patch", str(tree), *options])
+    assert done.exit_code == 0, done.exception
+    return done.stdout
+
+
+@pytest.mark.usefixtures("patches")
+def test_patch_check_and_reverse(tmp_path: Path) -> None:
+    tree = make_tree(tmp_path / "llama cpp")
+    before = digest(tree)
+    assert patch(tree, "--check") == (
+        f"{tree}: the patch fits (2 files, 6 lines added, 2 removed); nothing was changed\n"
+    )
+    assert patch(tree, "--reverse") == f"{tree}: has no patch in it; nothing was changed\n"
+    assert digest(tree) == before
+    said = patch(tree).splitlines()
+    assert said[0] == f"{tree}: patched: 2 files, 6 lines added, 2 removed"
+    assert said[1].startswith(f"Build it: cmake -S '{tree}' -B '{tree}/build' ")
+    assert said[2] == f"For mopeq-edge to use it: export LLAMA_CPP_LIB_PATH='{tree}/build/bin'"
+    patched = digest(tree)
+    assert patched != before
+    assert patch(tree) == f"{tree}: is patched already; nothing was changed\n"
+    assert patch(tree, "--reverse", "--check").startswith(f"{tree}: the patch can be taken out (2 files, 2 lines added")
+    assert digest(tree) == patched
+    assert patch(tree, "--reverse").startswith(f"{tree}: unpatched: 2 files, 2 lines added, 6 removed\n")
+    (tree / "src/new").rmdir()
+    assert digest(tree) == before
+
+
+@pytest.mark.usefixtures("patches")
+def test_patch_refuses(tmp_path: Path) -> None:
+    for tree in (tmp_path, tmp_path / "none"):
+        done = CliRunner().invoke(cli, ["runtime", "patch", str(tree)])
+        assert isinstance(done.exception, PatchError)
+        assert f"{tree}: expected a checkout of llama.cpp" in str(done.exception)
+
+
+def test_the_installer_patches_what_it_builds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Options decide the build's name and backend and whether the source is patched."""
+    calls: list[tuple[object, object, object]] = []
+
+    def install(progress: object, *, build: str, backend: str, prepare: object, **rest: object) -> object:
+        calls.append((build, backend, getattr(prepare, "__name__", None)))
+        return type("Built", (), {"version": "0", "build_id": build, "directory": tmp_path})
+
+    monkeypatch.setattr("mopeq_edge.runtime.install.install", install)
+    monkeypatch.setattr(bundle, "patch_files", lambda: PATCHES)
+    for options in ([], ["--stock"], ["--cuda", "--cuda-arch", "8.7"], ["--stock", "--cuda", "--cuda-arch", "90"]):
+        assert CliRunner().invoke(cli, ["runtime", "install", *options]).exit_code == 0
+    monkeypatch.setattr(bundle, "patch_files", dict)
+    assert CliRunner().invoke(cli, ["runtime", "install"]).exit_code == 0
+    assert CliRunner().invoke(cli, ["runtime", "install", "--cuda-arch", "87"]).exit_code == 2
+    assert calls == [
+        (PATCHED, "cpu", "apply_patches"),
+        ("stock", "cpu", None),
+        (PATCHED, "cuda87", "apply_patches"),
+        ("stock", "cuda90", None),
+        ("stock", "cpu", None),
+    ]
