@@ -18,9 +18,11 @@ import gguf
 import numpy as np
 import pytest
 
+from mopeq_edge.expert_groups.read import read_groups
 from mopeq_edge.ggml.types import BY_NAME
+from mopeq_edge.gguf_file import read_header
 from mopeq_edge.imatrix import read_imatrix
-from mopeq_edge.runtime.locate import STOCK, Runtime, require_runtime, tool
+from mopeq_edge.runtime.locate import STOCK, Runtime, import_llama_cpp, require_runtime, tool
 from mopeq_edge.source.huggingface import HuggingFaceSource
 
 from ..builders import write_quantized_gguf
@@ -162,3 +164,12 @@ def test_parallel_requests_to_the_server(mixed: Path, text: Path) -> None:
         # other batches round apart, and a router that nearly ties may choose another expert
         best = max(expected, key=lambda token: expected[token])
         assert abs(expected[best] - found[best]) < 0.05
+
+
+def test_a_saved_model_is_the_same(same: Path, text: Path, tmp_path: Path) -> None:
+    llama = import_llama_cpp()
+    model = llama.llama_model_load_from_file(str(same).encode(), llama.llama_model_default_params())
+    llama.llama_model_save_to_file(model, str(tmp_path / "saved.gguf").encode())
+    llama.llama_model_free(model)
+    assert len(read_groups(read_header(tmp_path / "saved.gguf"))) == 12
+    assert stored_logits(same, text, tmp_path / "a") == stored_logits(tmp_path / "saved.gguf", text, tmp_path / "b")
