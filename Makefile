@@ -1,5 +1,6 @@
 # On a fresh machine `make demo` or `make test` alone sets everything up: a virtual environment, the packages,
-# and llama.cpp, which is built once and kept in ~/.cache/mopeq-edge.
+# and llama.cpp, which is built once and kept in ~/.cache/mopeq-edge. The tests compare the patched llama.cpp with
+# the stock one, so they need a build of each.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BUDGET_GB ?= 0.0085
 
-.PHONY: setup runtime demo test unit check format table clean
+.PHONY: setup runtime stock demo test unit check format table clean
 
 setup: $(READY)
 
@@ -23,6 +24,9 @@ $(READY): pyproject.toml
 runtime: $(READY)
 	$(BIN)/mopeq-edge runtime install
 
+stock: $(READY)
+	$(BIN)/mopeq-edge runtime install --stock
+
 demo: runtime
 	mkdir -p demo
 	$(BIN)/mopeq-edge inspect examples/tiny-olmoe
@@ -35,7 +39,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: runtime check
+test: runtime stock check
 	$(BIN)/pytest
 
 unit: $(READY)

@@ -93,12 +93,11 @@ def patch(directory: Path, check: bool, reverse: bool) -> None:
         click.echo(f"{directory}: the patch {state} ({size}); nothing was changed")
         return
     click.echo(f"{directory}: {'unpatched' if reverse else 'patched'}: {size}")
-    tree, build = shlex.quote(str(directory)), shlex.quote(str(directory / "build"))
-    click.echo(f"Build it: cmake -S {tree} -B {build} -DCMAKE_BUILD_TYPE=Release && cmake --build {build} -j")
+    source, build, binaries = (shlex.quote(str(directory / part)) for part in ("", "build", "build/bin"))
+    cmake = f"cmake -S {source} -B {build} -DCMAKE_BUILD_TYPE=Release && cmake --build {build} -j"
+    click.echo(f"Build it as before, or with: {cmake}")
     if not reverse:
-        click.echo(
-            f"For mopeq-edge to use it: export LLAMA_CPP_LIB_PATH={shlex.quote(str(directory / 'build' / 'bin'))}"
-        )
+        click.echo(f"mopeq-edge run and serve use it with: export LLAMA_CPP_LIB_PATH={binaries}")
 
 
 @runtime.command()

@@ -162,8 +162,8 @@ def test_patch_check_and_reverse(tmp_path: Path) -> None:
     assert digest(tree) == before
     said = patch(tree).splitlines()
     assert said[0] == f"{tree}: patched: 2 files, 6 lines added, 2 removed"
-    assert said[1].startswith(f"Build it: cmake -S '{tree}' -B '{tree}/build' ")
-    assert said[2] == f"For mopeq-edge to use it: export LLAMA_CPP_LIB_PATH='{tree}/build/bin'"
+    assert said[1].startswith(f"Build it as before, or with: cmake -S '{tree}' -B '{tree}/build' ")
+    assert said[2] == f"mopeq-edge run and serve use it with: export LLAMA_CPP_LIB_PATH='{tree}/build/bin'"
     patched = digest(tree)
     assert patched != before
     assert patch(tree) == f"{tree}: is patched already; nothing was changed\n"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mopeq_edge.errors import PatchError
+from mopeq_edge.expert_groups.layout import VERSION_KEY
 from mopeq_edge.llama_cpp import bundle
 from mopeq_edge.llama_cpp.diff import Hunk, load_patches, parse_patch, parse_patches
 from mopeq_edge.llama_cpp.fit import State, edit, place, split_lines
@@ -122,6 +123,12 @@ def test_the_name_follows_names_and_contents(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_packaged_patches_can_be_read() -> None:
     found = load_patches()
     assert {hunk.patch for file in found for hunk in file.hunks} == set(bundle.patch_files())
+
+
+def test_a_patched_library_can_be_told_by_its_text() -> None:
+    """`runs_expert_groups` looks for the key in libllama."""
+    added = (text for file in load_patches() for hunk in file.hunks for sign, text in hunk.lines if sign == "+")
+    assert any(f'"{VERSION_KEY}"' in text for text in added)
 
 
 def test_patches_are_found_in_an_installed_package(tmp_path: Path) -> None:
