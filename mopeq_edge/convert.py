@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ from mopeq_edge.pipeline import (
     Context,
     check_budget,
     check_calibration,
+    plan_only,
     run_calibrate,
     run_emit,
     run_plan,
     run_sensitivity,
     source_gguf,
 )
-from mopeq_edge.plan.artifact import Plan
+from mopeq_edge.plan.artifact import PER_EXPERT, STOCK, Plan
 from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.make import PlanOptions
 from mopeq_edge.sensitivity.pricing import Statistics, require_scores
@@ -79,6 +80,24 @@ class ImatrixChoice:
 
 
 @dataclass(frozen=True)
+class PerExpert:
+    """What the per-expert layout would bring within the same budget; ``ratio`` is its damage over the stock plan's."""
+
+    damage: float
+    file_bytes: int
+    ratio: float
+
+    def sentence(self) -> str:
+        """The gain, and how to get it."""
+        if self.ratio >= 1:
+            return "--layout per-expert would bring nothing at this size"
+        return (
+            f"--layout per-expert has {self.ratio:.2f} times the predicted damage at the same size; "
+            "it runs in the llama.cpp of `mopeq-edge runtime install` only"
+        )
+
+
+@dataclass(frozen=True)
 class Converted:
     """What came out."""
 
@@ -89,6 +108,8 @@ class Converted:
     sampling_error: float
     """Largest relative standard error of a tensor's damage by row sampling; 0 when all rows were measured."""
     evaluation: Evaluation | None
+    per_expert: PerExpert | None = None
+    """None when the plan is in that layout."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values with units in their names."""
@@ -97,8 +118,10 @@ class Converted:
             "evaluation": self.evaluation.as_dict() if self.evaluation is not None else None,
             "file_bytes": self.file_bytes,
             "imatrix": asdict(self.choice),
+            "layout": self.plan.layout,
             "optimality_gap": self.plan.gap,
             "output": self.output.name,
+            "per_expert": asdict(self.per_expert) if self.per_expert is not None else None,
             "plan_sha256": self.plan.sha256,
             "predicted_damage": self.plan.damage,
             "predicted_damage_unit": self.plan.unit,
@@ -131,14 +154,30 @@ def convert(context: Context, request: ConvertRequest) -> Converted:
     require_scores([request.options.sensitivity], calibrated.statistics)
     kind = _first_kind(request, calibrated.statistics)
     table = run_sensitivity(context, calibrated, request.options.types, kind, request.sample_rows)
+    per_expert = None
+    if request.options.layout == STOCK:
+        other = replace(request.options, layout=PER_EXPERT)
+        per_expert = plan_only(context, table, calibrated.statistics, request.budget, other)
     plan = run_plan(context, table, calibrated.statistics, request.budget, request.options)
     measure = _measure(context, request) if request.evaluate else None
     choice = _choose(context, request, calibrated, plan, kind, digest(words), measure)
     written = run_emit(context, plan, calibrated.statistics, request.output, choice.chosen)
     evaluation = measure(request.output) if measure is not None else None
-    result = Converted(request.output, written, plan, choice, table.relative_error(plan.sensitivity), evaluation)
+    result = Converted(
+        request.output,
+        written,
+        plan,
+        choice,
+        table.relative_error(plan.sensitivity),
+        evaluation,
+        _compared(per_expert, plan) if per_expert is not None else None,
+    )
     write_json(context.work.file("validation.json"), VALIDATION_FORMAT, VERSION, result.as_dict())
     return result
+
+
+def _compared(other: Plan, stock: Plan) -> PerExpert:
+    return PerExpert(other.damage, other.file_bytes, other.damage / stock.damage if stock.damage > 0 else 1.0)
 
 
 def _first_kind(request: ConvertRequest, statistics: Statistics) -> str:
@@ -166,7 +205,7 @@ def _choose(
     if measure is None or not both or without_imatrix(context.source, plan.type_of(), other):
         return ImatrixChoice(kind, {})
     stage, name = "imatrix-choice", "imatrix-choice.json"
-    # not the budget: it moves few types, and measuring again would cost more than planning
+    # neither budget nor layout: they move few types, and measuring again would cost more than planning
     options = [plan.sensitivity, list(plan.types), text_sha256]
     made_from = digest(["choice 1", calibrated.made_from, context.source_sha256, *options])
     path = context.work.file(name)

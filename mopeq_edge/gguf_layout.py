@@ -35,6 +35,8 @@ class Layout:
 
     header: bytes
     """Magic to last tensor info, padded: the file's first bytes."""
+    header_end: int
+    """Bytes of the header without its padding."""
     tensors: tuple[TensorInfo, ...]
     alignment: int
     file_size: int
@@ -61,13 +63,12 @@ def layout(kvs: Mapping[str, KV], specs: Sequence[TensorSpec]) -> Layout:
         tensors.append(info)
         offset += pad(info.nbytes, alignment)
     parts = [MAGIC, struct.pack("<IQQ", 3, len(specs), len(kvs))]
-    for key, kv in kvs.items():
-        parts.append(_encode_string(key))
-        parts.append(_encode_kv(key, kv))
-    parts.extend(_encode_tensor(info) for info in tensors)
+    parts.extend(encode_kv(key, kv) for key, kv in kvs.items())
+    parts.extend(encode_tensor(info) for info in tensors)
     header = b"".join(parts)
-    header += b"\0" * (pad(len(header), alignment) - len(header))
-    return Layout(header, tuple(tensors), alignment, len(header) + offset)
+    end = len(header)
+    header += b"\0" * (pad(end, alignment) - end)
+    return Layout(header, end, tuple(tensors), alignment, len(header) + offset)
 
 
 def padded_nbytes(shape: Iterable[int], kind: GgmlType, alignment: int = DEFAULT_ALIGNMENT) -> int:
@@ -80,8 +81,9 @@ def _encode_string(text: str) -> bytes:
     return struct.pack("<Q", len(raw)) + raw
 
 
-def _encode_kv(key: str, kv: KV) -> bytes:
-    kind = struct.pack("<I", kv.type)
+def encode_kv(key: str, kv: KV) -> bytes:
+    """A key-value as the header holds it."""
+    kind = _encode_string(key) + struct.pack("<I", kv.type)
     if kv.type is ValueType.STRING:
         return kind + _encode_string(kv.value)
     if kv.type is not ValueType.ARRAY:
@@ -94,7 +96,8 @@ def _encode_kv(key: str, kv: KV) -> bytes:
     return head + struct.pack(f"<{len(kv.value)}{SCALAR_FORMATS[kv.sub_type]}", *kv.value)
 
 
-def _encode_tensor(info: TensorInfo) -> bytes:
+def encode_tensor(info: TensorInfo) -> bytes:
+    """A tensor info as the header holds it."""
     if len(info.name.encode()) > MAX_NAME:
         raise FormatError(f"tensor name '{info.name}' is longer than {MAX_NAME} bytes, which llama.cpp refuses")
     return (

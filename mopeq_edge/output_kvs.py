@@ -56,9 +56,10 @@ def output_kvs(
 
 
 def file_type_of(specs: Iterable[TensorSpec]) -> int:
-    """The file type of the tensor type that has the most bytes."""
+    """The file type of the tensor type that has the most bytes; types that no weights have do not count."""
     sizes: Counter[str] = Counter()
     for _, shape, kind in specs:
-        sizes[kind.name] += kind.nbytes(math.prod(shape))
+        if kind.name in FILE_TYPES:
+            sizes[kind.name] += kind.nbytes(math.prod(shape))
     best = max(sizes, key=lambda name: (sizes[name], name))
     return FILE_TYPES[best]

@@ -11,6 +11,7 @@ from mopeq_edge.artifacts import digest, file_digest
 from mopeq_edge.calibrate.statistics import read_routing, routing_from_imatrix, write_routing
 from mopeq_edge.emit import emit
 from mopeq_edge.errors import CalibrationError, PlanError
+from mopeq_edge.expert_groups.layout import Types, file_specs
 from mopeq_edge.ggml.library import load_ggml
 from mopeq_edge.ggml.types import GgmlType
 from mopeq_edge.gguf_file import KV
@@ -155,11 +156,18 @@ def run_plan(
     context: Context, table: SensitivityTable, statistics: Statistics, budget: Budget, options: PlanOptions
 ) -> Plan:
     """The plan stage: seconds, so it always runs. Leaves plan.json."""
-    require_scores([options.sensitivity], statistics)
-    kvs = _kvs(context, statistics, table.quantized_with, file_type=0, plan_sha256=None)
-    plan = make_plan(context.source, table, kvs, budget, options)
+    plan = plan_only(context, table, statistics, budget, options)
     write_plan(plan, context.work.file("plan.json"))
     return plan
+
+
+def plan_only(
+    context: Context, table: SensitivityTable, statistics: Statistics, budget: Budget, options: PlanOptions
+) -> Plan:
+    """The plan, without leaving it in the work directory."""
+    require_scores([options.sensitivity], statistics)
+    kvs = _kvs(context, statistics, table.quantized_with, file_type=0, plan_sha256=None)
+    return make_plan(context.source, table, kvs, budget, options)
 
 
 def run_emit(
@@ -168,7 +176,7 @@ def run_emit(
     """The emit stage: the planned file, byte for byte as large as planned. Returns its bytes."""
     kind = quantize_with or plan.quantized_with
     types = plan.type_of()
-    specs = [(t.name, t.shape, types[t.name]) for t in context.source.tensors]
+    specs = file_specs(context.source.tensors, types)
     kvs = _kvs(context, statistics, kind, file_type_of(specs), plan.sha256)
     return _emit(context, types, kvs, statistics.imatrix(kind), output)
 
@@ -179,15 +187,13 @@ def source_gguf(context: Context) -> Path:
         return context.source.path
     name, made_from = "source.gguf", digest(["source 1", context.source_sha256])
     if not context.work.has("source", made_from):
-        types = {t.name: t.type for t in context.source.tensors}
+        types: Types = {t.name: t.type for t in context.source.tensors}
         _emit(context, types, context.source.kvs, None, context.work.file(name))
         context.work.record("source", made_from, [name])
     return context.work.file(name)
 
 
-def _emit(
-    context: Context, types: Mapping[str, GgmlType], kvs: Mapping[str, KV], imatrix: Imatrix | None, output: Path
-) -> int:
+def _emit(context: Context, types: Types, kvs: Mapping[str, KV], imatrix: Imatrix | None, output: Path) -> int:
     threads, progress = context.threads, context.progress
     return emit(context.source, types, kvs, imatrix, load_ggml(), output, threads=threads, progress=progress)
 

@@ -57,7 +57,7 @@ def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Conver
     from mopeq_edge.pipeline import open_context
 
     budget = options.budget(given["target_gb"], given["target_gib"], given["target_bpw"])
-    plan = options.plan_request(given["sensitivity"], given["types"], given["floors"])
+    plan = options.plan_request(given["sensitivity"], given["types"], given["floors"], given["layout"])
     work = options.work_directory_of_output(given["work_dir"], out)
     context = open_context(model, work, pre=given["pre"], threads=given["threads"], progress=progress)
     text = options.calibration_text(model, given["text"], given["imatrix"])
@@ -103,6 +103,7 @@ def _table(result: Converted) -> Any:
     plan, evaluation = result.plan, result.evaluation
     types = ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.bytes_by_type().items())
     rows = [
+        ("layout", plan.layout),
         ("file", f"{result.file_bytes:,} bytes of {plan.budget_bytes:,} allowed ({plan.bpw:.3f} bpw)"),
         ("types", types),
         ("optimality gap", f"{100 * plan.gap:.4f} %"),
@@ -122,4 +123,6 @@ def _table(result: Converted) -> Any:
             ("PPL", f"{d.ppl_target:.4f}, source {d.ppl_base:.4f}"),
             ("measured on", f"{d.n_positions} held-out tokens, {evaluation.library}"),
         ]
+    if result.per_expert is not None:
+        rows.append(("per expert", result.per_expert.sentence()))
     return rows_table(str(result.output), rows)

@@ -75,6 +75,13 @@ plan_options = _stack(
     ),
     click.option("--types", default="default", show_default=True, help="Candidate types: default, k, all, or a list."),
     click.option("--floor", "floors", multiple=True, help="ROLE=TYPE or ROLE=BITS: least type of a role."),
+    click.option(
+        "--layout",
+        type=click.Choice(["stock", "per-expert"]),
+        default="stock",
+        show_default=True,
+        help="One type for each stack of experts (runs in any llama.cpp), or for each expert.",
+    ),
 )
 
 measure_options = _stack(
@@ -99,11 +106,11 @@ def budget(target_gb: float | None, target_gib: float | None, target_bpw: float 
     return Budget(target_gb, target_gib, target_bpw)
 
 
-def plan_request(sensitivity: str, types: str, floors: tuple[str, ...]) -> PlanOptions:
+def plan_request(sensitivity: str, types: str, floors: tuple[str, ...], layout: str = "stock") -> PlanOptions:
     from mopeq_edge.plan.candidates import parse_floors, parse_types
     from mopeq_edge.plan.make import PlanOptions
 
-    return PlanOptions(sensitivity, parse_types(types), parse_floors(floors))
+    return PlanOptions(sensitivity, parse_types(types), parse_floors(floors), layout)
 
 
 def calibration_text(model: Path, text: Path | None, imatrix: Path | None) -> Path | None:

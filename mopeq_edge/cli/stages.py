@@ -130,11 +130,13 @@ def plan(model: Path, **given: Any) -> None:
     from mopeq_edge.atomic import atomic_write
     from mopeq_edge.cli.console import console_progress, print_json, print_table
     from mopeq_edge.pipeline import load_sensitivity, run_plan
-    from mopeq_edge.plan.artifact import tensor_type_lines, write_plan
+    from mopeq_edge.plan.artifact import require_stock, tensor_type_lines, write_plan
     from mopeq_edge.sensitivity.scores import FISHER, IMATRIX
 
     budget = options.budget(given["target_gb"], given["target_gib"], given["target_bpw"])
-    request = options.plan_request(given["sensitivity"], given["types"], given["floors"])
+    request = options.plan_request(given["sensitivity"], given["types"], given["floors"], given["layout"])
+    if given["tensor_type_file"] is not None:
+        require_stock(request.layout)
     with console_progress() as progress:
         context = _context(model, given, progress)
         calibrated = _finished_calibration(context)

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mopeq_edge.artifacts import digest, read_json, write_json
-from mopeq_edge.errors import FormatError
-from mopeq_edge.ggml.types import BY_NAME, GgmlType
+from mopeq_edge.errors import FormatError, PlanError
+from mopeq_edge.expert_groups.layout import ExpertGroup, Grouping
+from mopeq_edge.ggml.types import BY_NAME, F32, I32, GgmlType
 from mopeq_edge.source.model import SourceTensor
 
-FORMAT, VERSION = "mopeq-edge plan", 1
-STOCK = "stock"
+FORMAT, VERSION = "mopeq-edge plan", 2
+STOCK, PER_EXPERT = "stock", "per-expert"
+LAYOUTS = (STOCK, PER_EXPERT)
+MIXED = "mixed"
+"""Type of a stack whose experts have several; its groups have the types."""
+
+
+@dataclass(frozen=True)
+class PlannedGroup:
+    """Experts of a stack that share a type: router ids as in ``0-3,7``. ``nbytes``: with the padding behind it."""
+
+    type: str
+    experts: str
+    nbytes: int
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """``nbytes``: with the padding behind it. ``damage``: predicted, in the plan's unit."""
+    """``nbytes``: with the padding behind it, and the map of a stack in groups. ``damage``: in the plan's unit."""
 
     name: str
     role: str
@@ -28,6 +41,13 @@ class PlannedTensor:
     type: str
     nbytes: int
     damage: float
+    groups: tuple[PlannedGroup, ...] = ()
+
+    def written_as(self) -> GgmlType | Grouping:
+        """The type, or the groups of a :data:`MIXED` stack."""
+        if self.type != MIXED:
+            return BY_NAME[self.type]
+        return tuple(ExpertGroup(BY_NAME[group.type], ids_of(group.experts)) for group in self.groups)
 
 
 @dataclass(frozen=True)
@@ -49,19 +69,21 @@ class Plan:
     made_from: str
     tensors: tuple[PlannedTensor, ...]
 
-    def type_of(self) -> dict[str, GgmlType]:
-        """Type by tensor name."""
-        return {t.name: BY_NAME[t.type] for t in self.tensors}
+    def type_of(self) -> dict[str, GgmlType | Grouping]:
+        """Type, or groups of types, by tensor name."""
+        return {t.name: t.written_as() for t in self.tensors}
 
     def is_quantized(self, tensor: PlannedTensor) -> bool:
         """Whether the plan chose the type of ``tensor`` (a matrix, no norm, router or bias)."""
-        return SourceTensor(tensor.name, tensor.shape, BY_NAME[tensor.type]).quantizable
+        return SourceTensor(tensor.name, tensor.shape, F32).quantizable
 
     def bytes_by_type(self) -> dict[str, int]:
-        """Bytes of tensor data by type, largest first."""
+        """Bytes of tensor data by type, largest first; the maps of expert groups are I32."""
         sizes: Counter[str] = Counter()
         for tensor in self.tensors:
-            sizes[tensor.type] += tensor.nbytes
+            for group in tensor.groups:
+                sizes[group.type] += group.nbytes
+            sizes[I32.name if tensor.groups else tensor.type] += tensor.nbytes - sum(g.nbytes for g in tensor.groups)
         return dict(sizes.most_common())
 
     @property
@@ -88,13 +110,51 @@ def read_plan(path: Path) -> Plan:
     document = read_json(path, FORMAT, VERSION)
     fields = {key: value for key, value in document.items() if key not in ("format", "version")}
     try:
-        fields["tensors"] = tuple(PlannedTensor(**{**t, "shape": tuple(t["shape"])}) for t in fields["tensors"])
+        fields["tensors"] = tuple(_tensor(t) for t in fields["tensors"])
         fields["types"] = tuple(fields["types"])
         plan = Plan(**fields)
         plan.type_of()
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"{path}: not a plan as mopeq-edge writes it ({error}); plan again") from None
     return plan
+
+
+def _tensor(fields: Mapping[str, Any]) -> PlannedTensor:
+    groups = tuple(PlannedGroup(**group) for group in fields["groups"])
+    if bool(groups) != (fields["type"] == MIXED):
+        raise ValueError(f"tensor '{fields['name']}' of type '{fields['type']}' in {len(groups)} groups")
+    return PlannedTensor(**{**fields, "shape": tuple(fields["shape"]), "groups": groups})
+
+
+def id_runs(ids: Iterable[int]) -> str:
+    """Rising numbers as runs: ``0-3,7``."""
+    runs: list[list[int]] = []
+    for number in ids:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def ids_of(runs: str) -> tuple[int, ...]:
+    """What :func:`id_runs` was given. Raises :class:`ValueError` for anything else."""
+    ids: list[int] = []
+    for run in runs.split(","):
+        first, _, last = run.partition("-")
+        ids.extend(range(int(first), int(last or first) + 1))
+    if id_runs(ids) != runs or ids != sorted(set(ids)):
+        raise ValueError(f"experts '{runs}'")
+    return tuple(ids)
+
+
+def require_stock(layout: str) -> None:
+    """Raise :class:`PlanError` if a plan of this layout cannot be given to llama-quantize."""
+    if layout != STOCK:
+        raise PlanError(
+            f"--tensor-type-file: llama-quantize writes the stock layout only, this plan is '{layout}'; "
+            "leave it out and use mopeq-edge emit, or plan with --layout stock"
+        )
 
 
 def tensor_type_lines(types: Mapping[str, str]) -> str:

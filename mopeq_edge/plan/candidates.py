@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from mopeq_edge.errors import PlanError
 from mopeq_edge.ggml.types import BY_NAME, NEEDS_IMATRIX, QUANTIZABLE, GgmlType, type_named
@@ -34,6 +38,14 @@ FLOORS: Mapping[Role, float] = {
 The embedding is here because only ``fisher`` can price it (it is a lookup and has no activations): with the
 other scores a plan without this floor starves it, and on the bundled model its mean KLD rises up to sevenfold.
 """
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What one tensor may become: ``types``, smallest first, and their ``damage`` [n_types, n_matrices]."""
+
+    types: tuple[GgmlType, ...]
+    damage: npt.NDArray[np.float64]
 
 
 def parse_types(text: str) -> tuple[GgmlType, ...]:

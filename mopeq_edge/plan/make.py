@@ -1,4 +1,4 @@
-"""The plan stage, stock layout: one type a tensor, least predicted damage, exact bytes within the budget."""
+"""The plan stage: least predicted damage, exact bytes within the budget. Here the stock layout, one type a tensor."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from mopeq_edge.errors import PlanError
 from mopeq_edge.ggml.types import BY_NAME, GgmlType
 from mopeq_edge.gguf_file import KV
 from mopeq_edge.gguf_layout import padded_nbytes
-from mopeq_edge.plan.artifact import STOCK, Plan, PlannedTensor
+from mopeq_edge.plan.artifact import LAYOUTS, STOCK, Plan, PlannedTensor
 from mopeq_edge.plan.budget import Budget, header_bytes
-from mopeq_edge.plan.candidates import candidates
+from mopeq_edge.plan.candidates import Allowed, candidates
+from mopeq_edge.plan.per_expert import per_expert_plan
 from mopeq_edge.plan.solve import Group, largest_cost, smallest_cost, solve
 from mopeq_edge.sensitivity.scores import UNITS
 from mopeq_edge.sensitivity.table import SensitivityTable
@@ -23,11 +24,16 @@ from mopeq_edge.units import format_bytes
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """``types`` may be chosen among, ``floors`` are least bits per weight by role."""
+    """``types`` may be chosen among, ``floors`` are least bits per weight by role, ``layout`` is one of LAYOUTS."""
 
     sensitivity: str
     types: tuple[GgmlType, ...]
     floors: Mapping[Role, float]
+    layout: str = STOCK
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise PlanError(f"layout '{self.layout}': expected {' or '.join(LAYOUTS)}")
 
 
 @dataclass(frozen=True)
@@ -46,10 +52,24 @@ def make_plan(
 ) -> Plan:
     """Plan the file that ``kvs`` and ``source`` make. The predicted size is the written size, to the byte.
 
-    Raises :class:`PlanError` for a budget below the exact minimum, which the message states.
+    The smallest and the largest file are the same in both layouts, and so are the bytes that a budget in bits per
+    weight means. Raises :class:`PlanError` for a budget below the exact minimum, which the message states.
     """
+    allowed = _allowed(source, table, options)
+    stock = _stock_plan(source, table, kvs, budget, options, allowed)
+    return stock if options.layout == STOCK else per_expert_plan(source, kvs, allowed, stock)
+
+
+def _stock_plan(
+    source: Source,
+    table: SensitivityTable,
+    kvs: Mapping[str, KV],
+    budget: Budget,
+    options: PlanOptions,
+    allowed: Mapping[str, Allowed],
+) -> Plan:
     header = _header_bytes(source, kvs)
-    choices = _choices(source, table, options, header)
+    choices = _choices(source, allowed, header)
     smallest = choices.fixed_bytes + smallest_cost(choices.groups)
     largest = choices.fixed_bytes + largest_cost(choices.groups)
     limit = budget.file_bytes(header, source.tensors)
@@ -114,13 +134,12 @@ def _header_bytes(source: Source, kvs: Mapping[str, KV]) -> int:
     return header_bytes(kvs, [(t.name, t.shape, t.type) for t in source.tensors])
 
 
-def _choices(source: Source, table: SensitivityTable, options: PlanOptions, header: int) -> _Choices:
-    tensors, types, groups = [], [], []
-    fixed = header
+def _allowed(source: Source, table: SensitivityTable, options: PlanOptions) -> dict[str, Allowed]:
+    """Candidates and damages of every quantizable tensor, by name."""
     asked_for = {t.name for t in options.types}
+    found: dict[str, Allowed] = {}
     for tensor in source.tensors:
         if not tensor.quantizable:
-            fixed += padded_nbytes(tensor.shape, tensor.type)
             continue
         errors = table.errors.get(tensor.name)
         if errors is None or options.sensitivity not in errors.damage:
@@ -130,11 +149,23 @@ def _choices(source: Source, table: SensitivityTable, options: PlanOptions, head
             )
         # what was measured decides which types an imatrix allowed
         measured = [BY_NAME[name] for name in errors.types if name in asked_for]
-        allowed = candidates(tensor, measured, has_imatrix=True, floors=options.floors)
-        total = errors.damage[options.sensitivity].sum(axis=1)
-        costs = tuple(padded_nbytes(tensor.shape, kind) for kind in allowed)
-        damages = tuple(float(total[errors.types.index(kind.name)]) for kind in allowed)
+        types = candidates(tensor, measured, has_imatrix=True, floors=options.floors)
+        rows = [errors.types.index(kind.name) for kind in types]
+        found[tensor.name] = Allowed(types, errors.damage[options.sensitivity][rows])
+    return found
+
+
+def _choices(source: Source, allowed: Mapping[str, Allowed], header: int) -> _Choices:
+    tensors, types, groups = [], [], []
+    fixed = header
+    for tensor in source.tensors:
+        if tensor.name not in allowed:
+            fixed += padded_nbytes(tensor.shape, tensor.type)
+            continue
+        own = allowed[tensor.name]
+        costs = tuple(padded_nbytes(tensor.shape, kind) for kind in own.types)
+        damages = tuple(float(total) for total in own.damage.sum(axis=1))
         tensors.append(tensor)
-        types.append(tuple(kind.name for kind in allowed))
+        types.append(tuple(kind.name for kind in own.types))
         groups.append(Group(tensor.name, costs, damages))
     return _Choices(tensors, types, groups, fixed)

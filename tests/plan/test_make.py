@@ -26,6 +26,7 @@ from .synthetic import KVS, MemorySource, table, tensors
 
 DEFAULT = tuple(BY_NAME[name] for name in DEFAULT_TYPES)
 SCORES = ("fisher", "imatrix")
+TENSOR: dict[str, Any] = {"name": "x", "role": "x", "shape": [1], "nbytes": 1, "damage": 0, "groups": []}
 
 
 @pytest.fixture
@@ -219,18 +220,20 @@ def test_plan_json(source: MemorySource, damages: SensitivityTable, tmp_path: Pa
     write_plan(found, paths[1])
     assert paths[0].read_bytes() == paths[1].read_bytes()
     document = json.loads(paths[0].read_text())
-    assert (document["format"], document["version"]) == ("mopeq-edge plan", 1)
+    assert (document["format"], document["version"]) == ("mopeq-edge plan", 2)
     assert list(document) == sorted(document)
 
 
-@pytest.mark.parametrize("change", [{"version": 2}, {"version": "1"}, {"version": None}, {"format": "mopeq-edge x"}])
+@pytest.mark.parametrize(
+    "change", [{"version": 1}, {"version": 3}, {"version": "2"}, {"version": None}, {"format": "mopeq-edge x"}]
+)
 def test_another_version_of_plan_json(
     source: MemorySource, damages: SensitivityTable, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     path = tmp_path / "plan.json"
     write_plan(make_plan(source, damages, source.kvs, Budget(bpw=5), options()), path)
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(FormatError, match=f"^{path}: expected 'mopeq-edge plan' version 1, found .*; make it again"):
+    with pytest.raises(FormatError, match=f"^{path}: expected 'mopeq-edge plan' version 2, found .*; make it again"):
         read_plan(path)
 
 
@@ -242,7 +245,11 @@ def test_another_version_of_plan_json(
         {"tensors": ["x"]},
         {"types": 3},
         {"colour": "blue"},
-        {"tensors": [{**dict.fromkeys(("name", "role", "nbytes", "damage"), "x"), "shape": [1], "type": "Q9_K"}]},
+        {"tensors": [{**TENSOR, "type": "Q9_K"}]},
+        {"tensors": [{**TENSOR, "type": "mixed", "groups": [{"type": "Q9_K", "experts": "0-3", "nbytes": 1}]}]},
+        {"tensors": [{**TENSOR, "type": "mixed", "groups": [{"type": "Q4_K", "experts": "3-0", "nbytes": 1}]}]},
+        {"tensors": [{**TENSOR, "type": "mixed", "groups": [{"type": "Q4_K", "experts": "", "nbytes": 1}]}]},
+        {"tensors": [{**TENSOR, "type": "mixed", "groups": [{"type": "Q4_K", "experts": "0-3"}]}]},
     ],
 )
 def test_a_plan_json_of_another_form(
