@@ -22,6 +22,7 @@ COMMANDS: Mapping[str, tuple[str, str, str]] = {
     "evaluate": ("mopeq_edge.cli.evaluate", "evaluate", "KLD and PPL of a GGUF against its source."),
     "run": ("mopeq_edge.cli.run", "run", "Run a GGUF in llama-cli."),
     "serve": ("mopeq_edge.cli.run", "serve", "Serve a GGUF with llama-server."),
+    "validate": ("mopeq_edge.cli.validate", "validate", "Whether a GGUF is sound, and what runs it."),
     "runtime": ("mopeq_edge.cli.runtime", "runtime", "Install, show or patch llama.cpp."),
 }
 """Name: (module, attribute, one line of help), in the order of the pipeline."""

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mopeq_edge.cli import options
 from mopeq_edge.cli.console import FILE, json_option
+
+if TYPE_CHECKING:
+    from mopeq_edge.summary import Summary
+
+STACKS_SHOWN = 24
+"""Stacks that get a line each; more are summed up by projection."""
 
 
 @click.command()
@@ -20,6 +26,8 @@ from mopeq_edge.cli.console import FILE, json_option
 def inspect(model: Path, types: str, floors: tuple[str, ...], pre: str | None, as_json: bool) -> None:
     """Show architecture, experts, bytes by kind and the sizes that a plan for MODEL can have.
 
+    For a GGUF whose experts are in groups of different types: what they are, and what runs it.
+
     \b
     Example:
       mopeq-edge inspect OLMoE-1B-7B
@@ -28,7 +36,16 @@ def inspect(model: Path, types: str, floors: tuple[str, ...], pre: str | None, a
     from mopeq_edge.cli.console import print_json, print_table
     from mopeq_edge.describe import describe
     from mopeq_edge.source.open import open_source
+    from mopeq_edge.summary import summarise_grouped
 
+    grouped = summarise_grouped(model)
+    if grouped is not None:
+        if as_json:
+            print_json(grouped.as_dict())
+            return
+        click.echo(grouped.sentence())
+        print_table(_grouped_table(grouped))
+        return
     source = open_source(model, CONVERTERS, pre)
     found = describe(source, options.plan_request("weight-mse", types, floors), options.CALIBRATION_NAME)
     if as_json:
@@ -57,3 +74,31 @@ def _table(model: Path, found: Any) -> Any:
         ("largest plan", f"{found.largest_bytes:,} bytes ({format_bytes(found.largest_bytes)})"),
     ]
     return rows_table(str(model), rows)
+
+
+def _grouped_table(found: Summary) -> Any:
+    from mopeq_edge.cli.console import rows_table
+    from mopeq_edge.source.roles import projection_of
+    from mopeq_edge.summary import experts_by_type
+    from mopeq_edge.units import format_bytes, plural
+
+    def mix(sizes: dict[str, int], show: Any) -> str:
+        return ", ".join(f"{name} {show(size)}" for name, size in sizes.items())
+
+    rows = [
+        ("architecture", f"{found.architecture}, gguf"),
+        ("layers", str(found.n_layer)),
+        ("experts", f"{found.n_expert}, {found.n_expert_used} used per token"),
+        ("weights", f"{found.n_weights:,}"),
+        ("file", f"{found.file_bytes:,} bytes ({found.bpw:.3f} bpw)"),
+        ("types", mix(found.bytes_by_type, format_bytes)),
+    ]
+    if len(found.stacks) <= STACKS_SHOWN:
+        rows += [(stack.name.removesuffix(".weight"), mix(experts_by_type([stack]), str)) for stack in found.stacks]
+        return rows_table(f"{found.path}, experts by type", rows)
+    by_projection: dict[str, list[Any]] = {}
+    for stack in found.stacks:
+        by_projection.setdefault(str(projection_of(stack.name)), []).append(stack)
+    for projection, stacks in by_projection.items():
+        rows.append((f"{projection}, {plural(len(stacks), 'stack')}", mix(experts_by_type(stacks), str)))
+    return rows_table(f"{found.path}, experts by type", rows)

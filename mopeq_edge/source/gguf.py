@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from mopeq_edge.errors import SourceError
+from mopeq_edge.expert_groups.read import is_part
 from mopeq_edge.ggml.library import bf16_to_f32, load_ggml
 from mopeq_edge.ggml.types import BF16, F16, F32, GgmlType
 from mopeq_edge.gguf_file import KV, read_header
@@ -18,7 +18,6 @@ from mopeq_edge.source.file_bytes import read_bytes
 from mopeq_edge.source.model import Bytes, Floats, SourceTensor, require_finite
 
 _INTEGERS: Mapping[str, str] = {"I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "F64": "<f8"}
-_EXPERT_GROUP = re.compile(r"_exps\.\d+\.weight$")
 
 
 class GGUFSource:
@@ -45,10 +44,10 @@ class GGUFSource:
         for info in header.tensors:
             if math.prod(info.shape[3:]) != 1:
                 raise SourceError(f"{path}: tensor '{info.name}' has shape {list(info.shape)}, expected 3 axes at most")
-            if _EXPERT_GROUP.search(info.name):
+            if is_part(info.name):
                 raise SourceError(
-                    f"{path}: tensor '{info.name}': its experts are already in groups of different types; "
-                    "give the original model instead"
+                    f"{path}: tensor '{info.name}': a file of the per-expert layout, its experts are already in groups "
+                    "of different types; give the model that it was made of (mopeq-edge inspect describes this one)"
                 )
         self.tensors = tuple(SourceTensor(info.name, info.shape[:3], info.type) for info in header.tensors)
         self._offset_of = {info.name: info.offset for info in header.tensors}

@@ -124,7 +124,7 @@ def test_no_model(tmp_path: Path) -> None:
 
 
 def test_experts_already_in_groups(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="already in groups of different types"):
+    with pytest.raises(SourceError, match="a file of the per-expert layout"):
         one_tensor(tmp_path / "m.gguf", F32, bytes(16), (2, 1, 2), "blk.0.ffn_up_exps.0.weight")
 
 
