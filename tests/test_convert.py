@@ -21,6 +21,7 @@ from mopeq_edge import pipeline
 from mopeq_edge.artifacts import file_digest
 from mopeq_edge.cli import cli
 from mopeq_edge.errors import PlanError
+from mopeq_edge.plan.artifact import id_runs
 from mopeq_edge.runtime.locate import tool
 from mopeq_edge.runtime.tools import run_tool
 
@@ -230,6 +231,41 @@ def test_emit_of_the_plan_is_the_same_file(first: Run, tmp_path: Path) -> None:
     printed(invoke("emit", first.model, out, "--work-dir", first.work, "--quantize-with", other, "--force", "--json"))
     assert out.stat().st_size == first.out.stat().st_size
     assert file_digest(out) != file_digest(first.out)
+
+
+def test_the_per_expert_layout(first: Run, tmp_path: Path) -> None:
+    """As large as predicted, within the budget, with the bits of the stock layout, and what convert said of it."""
+    said = first.result["per_expert"]
+    planned = printed(first.plan("0.0085", "--layout", "per-expert"))
+    assert (said["damage"], said["file_bytes"]) == (planned["damage"], planned["file_bytes"])
+    assert said["ratio"] == planned["damage"] / first.result["predicted_damage"] < 0.8
+    out = tmp_path / "out.gguf"
+    done = printed(invoke("emit", first.model, out, "--work-dir", first.work, "--json"))
+    assert out.stat().st_size == done["file_bytes"] == planned["file_bytes"] <= BUDGET
+    stacks = printed(invoke("validate", out, "--json"))["stacks"]
+    assert stacks
+    for tensor in planned["tensors"]:
+        found = stacks.get(tensor["name"], {"groups": []})["groups"]
+        assert [g["type"] for g in tensor["groups"]] == [g["type"] for g in found]
+        assert [g["experts"] for g in tensor["groups"]] == [id_runs(g["experts"]) for g in found]
+    # the same plan with one type for all experts of a stack, a type at a time, has the same bits
+    name = next(iter(stacks))
+    tensors = {t.name: t for t in GGUFReader(out).tensors}
+    plan = json.loads((first.work / "plan.json").read_text())
+    for g, group in enumerate(stacks[name]["groups"]):
+        whole = [
+            {**t, "type": group["type"] if t["name"] == name else "BF16" if t["groups"] else t["type"], "groups": []}
+            for t in plan["tensors"]
+        ]
+        (tmp_path / "plan.json").write_text(json.dumps({**plan, "tensors": whole}))
+        arguments = ("--plan", tmp_path / "plan.json", "--work-dir", first.work, "--force")
+        assert invoke("emit", first.model, tmp_path / "whole.gguf", *arguments).exception is None
+        (stock,) = (t for t in GGUFReader(tmp_path / "whole.gguf").tensors if t.name == name)
+        own = tensors[f"{name.removesuffix('.weight')}.{g}.weight"]
+        np.testing.assert_array_equal(own.data, stock.data[group["experts"]])
+    refused = first.plan("0.0085", "--layout", "per-expert", "--tensor-type-file", tmp_path / "types.txt")
+    assert isinstance(refused.exception, PlanError)
+    assert "llama-quantize writes the stock layout only" in str(refused.exception)
 
 
 def test_a_plan_of_another_model_is_refused(first: Run, tmp_path: Path) -> None:
