@@ -1,8 +1,8 @@
 """Multiple-choice knapsack: one option a group, least total damage, total cost within a budget.
 
 HiGHS solves it as an integer program, through scipy. Its tolerances are relative to floating-point
-numbers and ours is a hard budget in bytes, so costs and choices are checked in integers, and a
-greedy walk along the groups' convex hulls gives a second solution that is always feasible.
+numbers and ours is a hard budget in bytes, so costs and choices are checked in integers, and the
+walk along the groups' convex hulls gives a second solution that is always feasible.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
 from mopeq_edge.errors import PlanError
+from mopeq_edge.plan.path import NEVER, Path
 
 ATTEMPTS = 20
 """How often HiGHS is asked before the best solution so far is taken."""
@@ -66,15 +66,16 @@ def solve(groups: Sequence[Group], budget: int, *, time_limit: float = 60.0) -> 
     if least > budget:
         raise PlanError(f"budget of {budget} bytes: the smallest choice takes {least} bytes")
     pruned = [_undominated(group) for group in groups]
-    best = greedy = _greedy(groups, pruned, budget)
-    if not any(len(options) > 1 for options in pruned):
-        return Solution(best.choice, best.cost, best.damage, best.damage)
-    bound = 0.0
+    if all(len(options) == 1 for options in pruned):
+        only = _evaluate(groups, [options[0] for options in pruned])
+        return replace(only, bound=only.damage)
+    best = hull = _along_hulls(groups, budget)
+    bound = hull.bound
     # HiGHS rounds: a choice may exceed the budget by its tolerance. Cut off that choice, and all that cost at least
     # as much in every group, and ask again: the optimum stays.
     too_big: list[list[int]] = []
     for _ in range(ATTEMPTS):
-        choice, dual = _highs(groups, pruned, budget, greedy, too_big, time_limit)
+        choice, dual = _highs(groups, pruned, budget, hull.damage, too_big, time_limit)
         bound = max(bound, dual)
         if choice is None:
             break
@@ -103,52 +104,31 @@ def _evaluate(groups: Sequence[Group], choice: Sequence[int]) -> Solution:
     return Solution(tuple(choice), cost, damage, 0.0)
 
 
-def _greedy(groups: Sequence[Group], pruned: Sequence[list[int]], budget: int) -> Solution:
-    """Start at the cheapest options; take upgrades by damage saved per byte as long as they fit."""
-    choice = [options[0] for options in pruned]
-    spent = sum(g.costs[i] for g, i in zip(groups, choice, strict=True))
-    steps: list[tuple[float, int, int]] = []
-    for index, (group, options) in enumerate(zip(groups, pruned, strict=True)):
-        hull = _hull(group, options)
-        for a, b in pairwise(hull):
-            saved = (group.damages[a] - group.damages[b]) / (group.costs[b] - group.costs[a])
-            steps.append((-saved, index, b))
-    for _, index, option in sorted(steps):
-        extra = groups[index].costs[option] - groups[index].costs[choice[index]]
-        if spent + extra <= budget and groups[index].damages[option] < groups[index].damages[choice[index]]:
-            spent += extra
-            choice[index] = option
-    return _evaluate(groups, choice)
-
-
-def _hull(group: Group, options: Sequence[int]) -> list[int]:
-    """Options on the lower convex hull of (cost, damage)."""
-    hull: list[int] = []
-    for c in options:
-        while len(hull) > 1:
-            a, b = hull[-2], hull[-1]
-            slope_ab = (group.damages[a] - group.damages[b]) * (group.costs[c] - group.costs[a])
-            slope_ac = (group.damages[a] - group.damages[c]) * (group.costs[b] - group.costs[a])
-            if slope_ac < slope_ab:
-                break
-            hull.pop()
-        hull.append(c)
-    return hull
+def _along_hulls(groups: Sequence[Group], budget: int) -> Solution:
+    shape = (len(groups), max(len(group.costs) for group in groups))
+    costs, damages = np.full(shape, NEVER, dtype=np.int64), np.full(shape, np.inf)
+    for index, group in enumerate(groups):
+        costs[index, : len(group.costs)] = group.costs
+        damages[index, : len(group.damages)] = group.damages
+    chosen = Path(costs, damages).solve(budget)
+    assert chosen is not None, "the cheapest choice fits"
+    return Solution(tuple(chosen.choice.tolist()), chosen.cost, chosen.damage, chosen.bound)
 
 
 def _highs(
     groups: Sequence[Group],
     pruned: Sequence[list[int]],
     budget: int,
-    greedy: Solution,
+    known: float,
     too_big: Sequence[list[int]],
     time_limit: float,
 ) -> tuple[list[int] | None, float]:
-    """(choice or None, lower bound on the damage) from HiGHS. ``too_big`` are choices known to exceed the budget."""
-    # costs over their common divisor and damages over the greedy total keep both in HiGHS's best range
+    """(choice or None, lower bound on the damage) from HiGHS. ``known`` is the damage of some choice that fits,
+    ``too_big`` are choices known to exceed the budget."""
+    # costs over their common divisor and damages over a known total keep both in HiGHS's best range
     unit = math.gcd(*(c for g in groups for c in g.costs)) or 1
     base = [g.costs[options[0]] for g, options in zip(groups, pruned, strict=True)]
-    scale = greedy.damage / 1e4 if greedy.damage > 0 else 1.0
+    scale = known / 1e4 if known > 0 else 1.0
     costs = [(g.costs[i] - b) // unit for g, options, b in zip(groups, pruned, base, strict=True) for i in options]
     damages = [g.damages[i] / scale for g, options in zip(groups, pruned, strict=True) for i in options]
     sizes = [len(options) for options in pruned]
