@@ -31,8 +31,11 @@ demo: runtime
 	mkdir -p demo
 	$(BIN)/mopeq-edge inspect examples/tiny-olmoe
 	$(BIN)/mopeq-edge convert examples/tiny-olmoe demo/tiny-olmoe.gguf --target-gb $(BUDGET_GB) --work-dir demo/work --force
-	$(BIN)/pytest runtime_tests --model demo/tiny-olmoe.gguf
-	@ls -l demo/tiny-olmoe.gguf
+	$(BIN)/mopeq-edge convert examples/tiny-olmoe demo/tiny-olmoe-per-expert.gguf --layout per-expert \
+		--target-gb $(BUDGET_GB) --work-dir demo/work --force
+	for file in demo/tiny-olmoe.gguf demo/tiny-olmoe-per-expert.gguf; do \
+		$(BIN)/pytest runtime_tests --model $$file || exit 1; done
+	@ls -l demo/*.gguf
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -49,9 +52,10 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The README's table: five budgets against llama-quantize's presets of the same imatrix.
+# The README's tables: five budgets against llama-quantize's presets of the same imatrix, and both layouts at six.
 table: runtime
-	$(BIN)/python tools/compare_presets.py examples/tiny-olmoe --work-dir demo/presets
+	$(BIN)/python -m tools.compare_presets examples/tiny-olmoe --work-dir demo/presets
+	$(BIN)/python -m tools.compare_layouts examples/tiny-olmoe --work-dir demo/presets
 
 clean:
 	rm -rf $(VENV) demo
