@@ -13,7 +13,7 @@ from mopeq_edge.expert_groups.read import GroupedStack, is_part, read_groups
 from mopeq_edge.ggml.types import GgmlType
 from mopeq_edge.gguf_file import MAGIC, GGUFHeader, read_header
 from mopeq_edge.plan.artifact import PER_EXPERT, STOCK
-from mopeq_edge.source.roles import layer_of, projection_of, role_of
+from mopeq_edge.source.roles import role_of
 from mopeq_edge.units import plural
 
 
@@ -53,21 +53,12 @@ class Summary:
             groups = f"{plural(len(self.stacks), 'stack')} of {self.architecture} in groups of different types"
             return (
                 f"expert groups, version {VERSION}: {groups}; runs in the llama.cpp that `mopeq-edge runtime install` "
-                f"builds; stock llama.cpp says that {self.first_missing} is missing"
+                f"builds; stock llama.cpp refuses it (a tensor such as '{self.stacks[0].name}' is not found)"
             )
         tensors = plural(self.n_tensors, "tensor")
         if self.architecture is None:
             return f"no model but a file of type '{self.kind}', {tensors}"
         return f"stock GGUF of {self.architecture}, {tensors}; runs in any llama.cpp that knows it"
-
-    @property
-    def first_missing(self) -> str:
-        """The tensor that stock llama.cpp misses first: it goes by layers and asks in this order."""
-        order = ("gate", "gate_up", "down", "up")
-        return min(
-            (stack.name for stack in self.stacks),
-            key=lambda name: (layer_of(name) or 0, order.index(projection_of(name) or "up")),
-        )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values; ``stacks`` has the experts of every group."""
