@@ -71,7 +71,7 @@ def test_validate_says_what_runs_it(grouped: Path, bf16_gguf: Path, tmp_path: Pa
     assert done.stdout == (
         f"{grouped}: valid: expert groups, version 1: 2 stacks of olmoe in groups of different types; runs in the "
         "llama.cpp that `mopeq-edge runtime install` builds; stock llama.cpp refuses it (a tensor such "
-        "as 'blk.0.ffn_gate_exps.weight' is not found)\n"
+        "as 'blk.0.ffn_down_exps.weight' is not found)\n"
     )
     assert invoke("validate", bf16_gguf).stdout == (
         f"{bf16_gguf}: valid: stock GGUF of olmoe, 51 tensors; runs in any llama.cpp that knows it\n"
