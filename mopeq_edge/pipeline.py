@@ -126,7 +126,7 @@ def run_sensitivity(
 ) -> SensitivityTable:
     """The sensitivity stage; ``calibrated`` None measures without an imatrix."""
     inputs = (context.source_sha256, calibrated.made_from if calibrated else NO_IMATRIX)
-    made_from = digest(["sensitivity 2", *inputs, sorted(t.name for t in types), quantize_with, sample_rows])
+    made_from = digest(["sensitivity 3", *inputs, sorted(t.name for t in types), quantize_with, sample_rows])
     stage, name = f"sensitivity-{quantize_with}", f"sensitivity-{quantize_with}.safetensors"
     if not context.work.has(stage, made_from):
         table = measure_sensitivity(

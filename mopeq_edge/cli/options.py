@@ -68,7 +68,7 @@ budget_options = _stack(
 plan_options = _stack(
     click.option(
         "--sensitivity",
-        type=click.Choice(["auto", "fisher", "imatrix", "weight-mse", "mopeq", "frequency"]),
+        type=click.Choice(["auto", "fisher", "imatrix", "weight-mse", "mopeq", "frequency", "hybrid"]),
         default="auto",
         show_default=True,
         help="Score that prices errors; auto is fisher where there are gradients, else imatrix.",

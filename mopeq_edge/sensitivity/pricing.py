@@ -13,6 +13,7 @@ from mopeq_edge.imatrix import ACTIVATION, GRADIENT, PRIOR_COUNT, Imatrix
 from mopeq_edge.sensitivity.scores import (
     FISHER,
     FREQUENCY,
+    HYBRID,
     IMATRIX,
     MOPEQ,
     NEEDS_GRADIENT,
@@ -21,6 +22,7 @@ from mopeq_edge.sensitivity.scores import (
     WEIGHT_MSE,
     Doubles,
     Pricing,
+    hybrid_scores,
 )
 from mopeq_edge.source.model import SourceTensor
 from mopeq_edge.source.roles import Role
@@ -82,6 +84,8 @@ def pricings(tensor: SourceTensor, statistics: Statistics, mopeq: Sequence[float
     rows = _row_weights(tensor, routing)
     frequency = _frequency(tensor, routing)
     made[FREQUENCY] = [Pricing(f, rows=rows) for f in frequency]
+    # a matrix that is no expert is its own layer of one: factor 1
+    made[HYBRID] = [Pricing(float(h), rows=rows) for h in hybrid_scores(frequency, mopeq)]
     made[IMATRIX] = _priced(tensor, statistics.activation, 1.0 / routing.n_tokens, rows)
     if statistics.gradient is not None:
         scale = statistics.gradient.scale / (2.0 * routing.n_tokens)

@@ -11,21 +11,26 @@ score                 damage of D                                              u
 ``weight-mse``        sum_ij D_ij^2                                            squared weight error
 ``mopeq``             S(e) sum_ij D_ij^2                                       S in 1/|W|, see below
 ``frequency``         (tokens routed to e / T) sum_ij D_ij^2                   squared weight error per token
+``hybrid``            f(e) s(e) sum_ij D_ij^2, see below                       squared weight error
 ====================  =======================================================  ======================
 
 T is the number of calibration tokens; the sums over t run over the tokens routed to the expert, so they
-carry its frequency. ``mopeq`` and ``frequency`` rank experts and know nothing of types; to feed a budgeted
+carry its frequency. ``mopeq``, ``frequency`` and ``hybrid`` rank experts and know nothing of types; to feed a budgeted
 planner they are joined to |D|^2 in the form of HAWQ-V2 (arXiv 1911.03852), trace times squared error.
 
 ``mopeq`` (arXiv 2509.02512): S(e) sums over the expert's matrices the Hutchinson estimate of the trace of
 the Hessian of L(W) = |W|_F. That Hessian is (I - w w^T) / |W|_F with w = W / |W|_F, so with probe vectors
 of unit length the estimate's expectation is (n - 1) / (n |W|_F) for n weights.
+
+``hybrid`` (the same paper's comparison, which does not say how it normalises): tokens and S of an expert, each divided
+by its mean over the layer's experts. Dividing by the sums ranks a layer's experts the same; with means the average
+expert also costs its plain squared error, as every matrix that is no expert does, however many experts a layer has.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +38,8 @@ import numpy.typing as npt
 
 Doubles = npt.NDArray[np.float64]
 
-FISHER, IMATRIX, WEIGHT_MSE, MOPEQ, FREQUENCY = "fisher", "imatrix", "weight-mse", "mopeq", "frequency"
+FISHER, IMATRIX, WEIGHT_MSE = "fisher", "imatrix", "weight-mse"
+MOPEQ, FREQUENCY, HYBRID = "mopeq", "frequency", "hybrid"
 
 UNITS: Mapping[str, str] = {
     FISHER: "nats of KLD per token",
@@ -41,11 +47,12 @@ UNITS: Mapping[str, str] = {
     WEIGHT_MSE: "squared weight error",
     MOPEQ: "squared weight error x 1/|W|",
     FREQUENCY: "squared weight error per token",
+    HYBRID: "squared weight error",
 }
 SCORES: tuple[str, ...] = tuple(UNITS)
 
 NEEDS_GRADIENT: frozenset[str] = frozenset({FISHER})
-NEEDS_ROUTING: frozenset[str] = frozenset({FISHER, IMATRIX, FREQUENCY})
+NEEDS_ROUTING: frozenset[str] = frozenset({FISHER, IMATRIX, FREQUENCY, HYBRID})
 
 
 @dataclass(frozen=True)
@@ -76,3 +83,17 @@ def mopeq_score(norms: Mapping[str, float], n_weights: Mapping[str, int]) -> flo
     A matrix of zeros has no curvature to speak of and counts as 0.
     """
     return math.fsum((n_weights[key] - 1) / (n_weights[key] * norm) for key, norm in sorted(norms.items()) if norm > 0)
+
+
+def hybrid_scores(frequency: Sequence[float], mopeq: Sequence[float]) -> Doubles:
+    """Of each expert of one layer [n_expert]: its tokens times its S, each over the layer's mean.
+
+    A statistic that is zero for all of them tells nothing and counts as 1.
+    """
+
+    def normalised(values: Sequence[float]) -> Doubles:
+        array = np.asarray(values, dtype=np.float64)
+        mean = array.mean()
+        return np.asarray(array / mean) if mean > 0 else np.ones_like(array)
+
+    return normalised(frequency) * normalised(mopeq)

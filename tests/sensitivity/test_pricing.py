@@ -61,11 +61,13 @@ def close(found: list[list[list[float]]], expected: object) -> None:
 
 
 def test_experts() -> None:
-    assert list(pricings(UP, ALL, [1.0, 1.0])) == ["weight-mse", "mopeq", "frequency", "imatrix", "fisher"]
+    assert list(pricings(UP, ALL, [1.0, 1.0])) == ["weight-mse", "mopeq", "frequency", "hybrid", "imatrix", "fisher"]
     close(prices(UP, "weight-mse"), 1.0)
     close(prices(UP, "mopeq"), [[[0.25]], [[0.75]]])
     # 7 of 10 tokens; the unused expert counts as if it had one
     close(prices(UP, "frequency"), [[[0.7]], [[0.1]]])
+    # 0.7 and 0.1 over their mean 0.4, times S of 0.25 and 0.75 over their mean 0.5
+    close(prices(UP, "hybrid"), [[[1.75 * 0.5]], [[0.25 * 1.5]]])
     close(prices(UP, "imatrix"), [[[0.6, 0.8]], [[0.1, 0.2]]])
     # half of sum/10 tokens, spread over 4 outputs, times the scale that the file was divided by
     close(prices(UP, "fisher"), np.array([[[3, 4]], [[1, 2]]]) * 0.5 / (2 * 10 * 4))
@@ -73,6 +75,7 @@ def test_experts() -> None:
 
 def test_a_matrix_that_every_token_passes() -> None:
     close(prices(QUERY, "frequency"), 1.0)
+    close(prices(QUERY, "hybrid"), 1.0)
     close(prices(QUERY, "imatrix"), [[[3, 5]]])
     close(prices(QUERY, "fisher"), np.array([[[5, 6]]]) * 0.5 / (2 * 10 * 2))
 
@@ -81,6 +84,7 @@ def test_the_embedding_is_weighed_by_how_often_a_token_occurs() -> None:
     occurs = np.array([[6], [3], [1]]) / 10
     close(prices(EMBEDDING, "weight-mse"), 1.0)
     close(prices(EMBEDDING, "frequency"), [occurs])
+    close(prices(EMBEDDING, "hybrid"), [occurs])
     close(prices(EMBEDDING, "imatrix"), [occurs])
     # one row is one token's output, so nothing is spread over rows
     close(prices(EMBEDDING, "fisher"), [occurs * np.array([[11, 13]]) * 0.5 / (2 * 10)])
@@ -94,7 +98,7 @@ def test_a_matrix_without_an_entry_costs_its_plain_error_once_a_token() -> None:
 def test_only_what_the_statistics_allow() -> None:
     weights_only, foreign = Statistics(), Statistics(ACTIVATION, None, ROUTING)
     assert weights_only.available() == ("weight-mse", "mopeq") == tuple(pricings(UP, weights_only, [1.0, 1.0]))
-    assert set(foreign.available()) == {"weight-mse", "mopeq", "frequency", "imatrix"}
+    assert set(foreign.available()) == {"weight-mse", "mopeq", "frequency", "hybrid", "imatrix"}
     assert set(pricings(UP, foreign, [1.0, 1.0])) == set(foreign.available())
     assert set(ALL.available()) == set(pricings(UP, ALL, [1.0, 1.0]))
     close(prices(UP, "imatrix", foreign), prices(UP, "imatrix"))
@@ -107,6 +111,6 @@ def test_a_score_without_its_statistics_says_what_to_do() -> None:
         require_scores(["imatrix", "fisher"], Statistics(ACTIVATION, None, ROUTING))
     for part in ("sensitivity 'fisher' needs gradients", "the Hugging Face directory with --fisher", "GGUF source"):
         assert part in str(caught.value)
-    for score in ("imatrix", "frequency"):
+    for score in ("imatrix", "frequency", "hybrid"):
         with pytest.raises(CalibrationError, match=f"'{score}' needs an imatrix: run calibrate, or give --imatrix"):
             require_scores([score], Statistics())

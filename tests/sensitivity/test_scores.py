@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mopeq_edge.sensitivity.scores import Pricing, mopeq_score
+from mopeq_edge.sensitivity.scores import Pricing, hybrid_scores, mopeq_score
 
 
 def norm(w: torch.Tensor) -> torch.Tensor:
@@ -61,6 +61,15 @@ def test_mopeq_of_an_expert_is_the_sum_over_its_matrices() -> None:
     assert mopeq_score(norms, sizes) == pytest.approx(sum(parts), rel=1e-14)
     assert mopeq_score({"gate": 2.0, "up": 4.0}, {"gate": 4, "up": 8}) == 3 / 8 + 7 / 32
     assert mopeq_score({"gate": 2.0, "up": 0.0}, {"gate": 4, "up": 8}) == 3 / 8
+
+
+def test_hybrid_by_hand() -> None:
+    # means 4 and 2
+    assert hybrid_scores([2, 4, 6], [3, 2, 1]).tolist() == [0.75, 1.0, 0.75]
+    # neither the text's length nor the weights' scale matters, and a lone matrix is the average one
+    assert hybrid_scores([20, 40, 60], [0.75, 0.5, 0.25]).tolist() == [0.75, 1.0, 0.75]
+    assert hybrid_scores([7], [0.3]).tolist() == [1.0]
+    assert hybrid_scores([2, 4, 6], [0, 0, 0]).tolist() == [0.5, 1.0, 1.5]
 
 
 def test_a_price_by_hand() -> None:
