@@ -6,7 +6,7 @@ its turn and loses them afterwards. The experts are ours, so that each one can b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,9 @@ from mopeq_edge.calibrate.experts import ExpertWeights, RoutedExperts, Tap
 from mopeq_edge.errors import CalibrationError
 from mopeq_edge.source.huggingface import HuggingFaceSource
 from mopeq_edge.source.model import read_rows
+
+Change = Callable[[str, Tensor], None]
+"""Changes a stack of experts [n_expert, n_out, n_in], given its GGUF name, in place."""
 
 
 class BlockModel:
@@ -68,11 +71,14 @@ class BlockModel:
         return {"position_ids": ids, "position_embeddings": self._rotary(probe, ids)}
 
     @contextmanager
-    def block(self, layer: int) -> Iterator[nn.Module]:
-        """Block ``layer`` with its weights; its matrices report to ``self.tap`` while it is open."""
+    def block(self, layer: int, change: Change | None = None) -> Iterator[nn.Module]:
+        """Block ``layer`` with its weights; its matrices report to ``self.tap`` while it is open.
+
+        ``change`` may alter the experts' weights, of this call only.
+        """
         block: Any = self._layers[layer]
         original = block.mlp.experts
-        block.mlp.experts = RoutedExperts(self._experts(layer), original.act_fn, self.tap)
+        block.mlp.experts = RoutedExperts(self._experts(layer, change), original.act_fn, self.tap)
         hooks = []
         try:
             prefix = f"{self._prefix}.layers.{layer}."
@@ -110,13 +116,15 @@ class BlockModel:
             )
         return torch.from_numpy(self.source.checkpoint.read_f32(name))
 
-    def _experts(self, layer: int) -> ExpertWeights:
+    def _experts(self, layer: int, change: Change | None) -> ExpertWeights:
         stacks = {}
         for projection in ("gate", "up", "down"):
             tensor = self._by_name[f"blk.{layer}.ffn_{projection}_exps.weight"]
             stack = torch.empty(tensor.n_matrices, tensor.n_out, tensor.n_in)
             for expert in range(tensor.n_matrices):
                 stack[expert] = torch.from_numpy(self.source.read(tensor, expert))
+            if change is not None:
+                change(tensor.name, stack)
             stacks[projection] = stack
         return ExpertWeights(layer, **stacks)
 

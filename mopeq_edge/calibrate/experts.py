@@ -5,12 +5,26 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mopeq_edge.calibrate.statistics import Doubles, Sums
+
+
+class Watch(Protocol):
+    """What the matrices of a block report to, one window of text at a time."""
+
+    def route(self, index: Tensor, weights: Tensor, n_expert: int) -> tuple[Tensor, Tensor]:
+        """The router chose ``index`` with gate ``weights`` [n_tokens, k]; returns what shall be used."""
+
+    def saw_input(self, name: str, x: Tensor, matrix: int = 0, n_matrices: int = 1) -> None:
+        """``x`` [n_tokens, n_in] goes into one matrix of the GGUF tensor ``name``."""
+
+    def watch_output(self, name: str, x: Tensor, y: Tensor, matrix: int = 0, n_matrices: int = 1) -> None:
+        """``x`` made ``y`` [n_tokens, n_out], which a gradient may reach later."""
 
 
 @dataclass
@@ -20,6 +34,13 @@ class Recorder:
     activation: Sums = field(default_factory=Sums)
     gradient: Sums = field(default_factory=Sums)
     gate_weights: Doubles | None = None
+
+    def route(self, index: Tensor, weights: Tensor, n_expert: int) -> tuple[Tensor, Tensor]:
+        """Sum the gate weights of each expert; the router's choice stands."""
+        sums = torch.zeros(n_expert, dtype=torch.float64)
+        sums.index_add_(0, index.reshape(-1), weights.detach().reshape(-1).to(torch.float64))
+        self.gate_weights = np.asarray(sums.numpy())
+        return index, weights
 
     def saw_input(self, name: str, x: Tensor, matrix: int = 0, n_matrices: int = 1) -> None:
         """``x`` [n_tokens, n_in] goes into one matrix of the GGUF tensor ``name``."""
@@ -41,18 +62,18 @@ class Recorder:
 
 
 class Tap:
-    """Which recorder the running thread writes to; None while nothing is measured."""
+    """Who watches the running thread; None while nothing is measured."""
 
     def __init__(self) -> None:
         self._local = threading.local()
 
     @property
-    def recorder(self) -> Recorder | None:
-        found: Recorder | None = getattr(self._local, "recorder", None)
+    def recorder(self) -> Watch | None:
+        found: Watch | None = getattr(self._local, "recorder", None)
         return found
 
     @recorder.setter
-    def recorder(self, value: Recorder | None) -> None:
+    def recorder(self, value: Watch | None) -> None:
         self._local.recorder = value
 
 
@@ -81,7 +102,7 @@ class RoutedExperts(nn.Module):
         n_expert = w.gate.shape[0]
         output = torch.zeros_like(hidden_states)
         if recorder is not None:
-            recorder.gate_weights = _gate_weights(top_k_index, top_k_weights, n_expert)
+            top_k_index, top_k_weights = recorder.route(top_k_index, top_k_weights, n_expert)
         for expert in range(n_expert):
             token, slot = torch.where(top_k_index == expert)
             if not len(token):
@@ -98,10 +119,3 @@ class RoutedExperts(nn.Module):
                     recorder.watch_output(name, into, out, expert, n_expert)
             output = output.index_add(0, token, down * top_k_weights[token, slot, None])
         return output
-
-
-def _gate_weights(index: Tensor, weights: Tensor, n_expert: int) -> Doubles:
-    sums = torch.zeros(n_expert, dtype=torch.float64)
-    sums.index_add_(0, index.reshape(-1), weights.detach().reshape(-1).to(torch.float64))
-    result: Doubles = np.asarray(sums.numpy())
-    return result

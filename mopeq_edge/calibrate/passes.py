@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mopeq_edge.calibrate.blocks import BlockModel
-from mopeq_edge.calibrate.experts import Recorder
+from mopeq_edge.calibrate.experts import Recorder, Watch
 from mopeq_edge.calibrate.states import HiddenStates
 from mopeq_edge.calibrate.statistics import Doubles, Sums
 from mopeq_edge.progress import Progress, Step
@@ -147,27 +147,53 @@ def backward(
 def _forward_window(
     model: BlockModel, block: nn.Module, positions: Positions, states: HiddenStates, slots: tuple[int, int], window: int
 ) -> Recorder:
-    source, target = slots
     recorder = Recorder()
-    model.tap.recorder = recorder
-    with torch.no_grad():  # grad mode is per thread
-        states.put(target, window, _first(block(states.get(source, window), **positions)))
-    model.tap.recorder = None
+    forward_window(model, block, positions, states, slots, window, recorder)
     return recorder
 
 
 def _backward_window(
     model: BlockModel, block: nn.Module, positions: Positions, states: HiddenStates, slots: tuple[int, int], window: int
 ) -> Recorder:
-    source, upstream = slots
     recorder = Recorder()
+    backward_window(model, block, positions, states, slots, window, recorder)
+    return recorder
+
+
+def forward_window(
+    model: BlockModel,
+    block: nn.Module,
+    positions: Positions,
+    states: HiddenStates,
+    slots: tuple[int, int],
+    window: int,
+    watch: Watch,
+) -> None:
+    """One window through an open block, from the first slot to the second."""
+    source, target = slots
+    model.tap.recorder = watch
+    with torch.no_grad():  # grad mode is per thread
+        states.put(target, window, _first(block(states.get(source, window), **positions)))
+    model.tap.recorder = None
+
+
+def backward_window(
+    model: BlockModel,
+    block: nn.Module,
+    positions: Positions,
+    states: HiddenStates,
+    slots: tuple[int, int],
+    window: int,
+    watch: Watch,
+) -> None:
+    """One window's gradient back through an open block: its input is in the first slot, the gradient in the second."""
+    source, upstream = slots
     x = states.get(source, window).requires_grad_()
-    model.tap.recorder = recorder
+    model.tap.recorder = watch
     y = _first(block(x, **positions))
     model.tap.recorder = None
     (g,) = torch.autograd.grad(y, x, states.get(upstream, window))
     states.put(upstream, window, g)
-    return recorder
 
 
 def _sampled_gradient(logits: Tensor, seed: int) -> Tensor:
