@@ -29,7 +29,7 @@ from mopeq_edge.pipeline import (
 )
 from mopeq_edge.plan.artifact import PER_EXPERT, STOCK, Plan
 from mopeq_edge.plan.budget import Budget
-from mopeq_edge.plan.make import PlanOptions
+from mopeq_edge.plan.options import PlanOptions
 from mopeq_edge.sensitivity.pricing import Statistics, require_scores
 from mopeq_edge.sensitivity.scores import FISHER, IMATRIX
 
@@ -51,7 +51,7 @@ class ConvertRequest:
     """
 
     output: Path
-    budget: Budget
+    budget: Budget | None
     calibration: CalibrationRequest
     options: PlanOptions
     quantize_with: str = "auto"
@@ -123,6 +123,8 @@ class Converted:
             "output": self.output.name,
             "per_expert": asdict(self.per_expert) if self.per_expert is not None else None,
             "plan_sha256": self.plan.sha256,
+            "planner": self.plan.planner,
+            "precision_map": asdict(self.plan.precision_map) if self.plan.precision_map is not None else None,
             "predicted_damage": self.plan.damage,
             "predicted_damage_unit": self.plan.unit,
             "predicted_file_bytes": self.plan.file_bytes,
@@ -206,8 +208,8 @@ def _choose(
         return ImatrixChoice(kind, {})
     stage, name = "imatrix-choice", "imatrix-choice.json"
     # neither budget nor layout: they move few types, and measuring again would cost more than planning
-    options = [plan.sensitivity, list(plan.types), text_sha256]
-    made_from = digest(["choice 1", calibrated.made_from, context.source_sha256, *options])
+    options = [plan.planner, plan.sensitivity, list(plan.types), text_sha256]
+    made_from = digest(["choice 2", calibrated.made_from, context.source_sha256, *options])
     path = context.work.file(name)
     if not context.work.has(stage, made_from):
         kld = {}

@@ -7,7 +7,8 @@ from typing import Any
 
 from mopeq_edge.imatrix import Imatrix
 from mopeq_edge.output_kvs import IMATRIX_NAME, Provenance, output_kvs
-from mopeq_edge.plan.make import PlanOptions, size_range
+from mopeq_edge.plan.make import size_range
+from mopeq_edge.plan.options import PlanOptions
 from mopeq_edge.source.model import Source, moe_shape
 
 

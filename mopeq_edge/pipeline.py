@@ -19,7 +19,8 @@ from mopeq_edge.imatrix import ACTIVATION, GRADIENT, Imatrix, read_imatrix, writ
 from mopeq_edge.output_kvs import IMATRIX_NAME, Provenance, file_type_of, output_kvs
 from mopeq_edge.plan.artifact import Plan, write_plan
 from mopeq_edge.plan.budget import Budget
-from mopeq_edge.plan.make import PlanOptions, make_plan, require_budget
+from mopeq_edge.plan.make import make_plan, require_budget
+from mopeq_edge.plan.options import PlanOptions
 from mopeq_edge.progress import Progress
 from mopeq_edge.sensitivity.pricing import Statistics, require_scores
 from mopeq_edge.sensitivity.run import measure_sensitivity
@@ -145,15 +146,17 @@ def run_sensitivity(
     return read_table(context.work.file(name))
 
 
-def check_budget(context: Context, request: CalibrationRequest, budget: Budget, options: PlanOptions) -> None:
+def check_budget(context: Context, request: CalibrationRequest, budget: Budget | None, options: PlanOptions) -> None:
     """Raise :class:`PlanError` for a budget below the exact minimum, before anything is computed."""
+    if budget is None:
+        return
     datasets = read_imatrix(request.imatrix).datasets if request.imatrix is not None else (request.dataset,)
     kvs = output_kvs(context.source.kvs, 0, Imatrix({}, datasets, 0, 0), IMATRIX_NAME, Provenance())
     require_budget(context.source, kvs, budget, options)
 
 
 def run_plan(
-    context: Context, table: SensitivityTable, statistics: Statistics, budget: Budget, options: PlanOptions
+    context: Context, table: SensitivityTable, statistics: Statistics, budget: Budget | None, options: PlanOptions
 ) -> Plan:
     """The plan stage: seconds, so it always runs. Leaves plan.json."""
     plan = plan_only(context, table, statistics, budget, options)
@@ -162,7 +165,7 @@ def run_plan(
 
 
 def plan_only(
-    context: Context, table: SensitivityTable, statistics: Statistics, budget: Budget, options: PlanOptions
+    context: Context, table: SensitivityTable, statistics: Statistics, budget: Budget | None, options: PlanOptions
 ) -> Plan:
     """The plan, without leaving it in the work directory."""
     require_scores([options.sensitivity], statistics)

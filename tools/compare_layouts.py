@@ -17,7 +17,7 @@ from mopeq_edge.pipeline import open_context, run_emit, run_plan
 from mopeq_edge.plan.artifact import PER_EXPERT, STOCK
 from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.candidates import FLOORS
-from mopeq_edge.plan.make import PlanOptions
+from mopeq_edge.plan.options import PlanOptions
 from mopeq_edge.source.roles import Role
 from tools.measured import Measured, comparison_options, measured
 

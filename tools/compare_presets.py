@@ -16,7 +16,7 @@ from mopeq_edge.imatrix import ACTIVATION, GRADIENT
 from mopeq_edge.pipeline import imatrix_file, open_context, run_emit, run_plan, source_gguf
 from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.candidates import FLOORS
-from mopeq_edge.plan.make import PlanOptions
+from mopeq_edge.plan.options import PlanOptions
 from mopeq_edge.runtime.tools import run_tool
 from mopeq_edge.units import GB
 from tools.measured import Measured, comparison_options, measured

@@ -35,6 +35,9 @@ def convert(model: Path, out: Path, **given: Any) -> None:
     Calibrates on a text, measures what every candidate type would hurt, plans, writes OUT and compares it
     with MODEL in llama.cpp. The artifacts stay in the work directory: another budget takes seconds.
 
+    --planner mopeq is the paper's (arXiv 2509.02512): precisions by the experts' scores alone. Without a
+    target the size comes out; with one the map grows or shrinks to fit.
+
     \b
     Example:
       mopeq-edge convert OLMoE-1B-7B out.gguf --target-gb 4 --text corpus.txt
@@ -56,8 +59,7 @@ def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Conver
     from mopeq_edge.evaluate.chunks import read_text
     from mopeq_edge.pipeline import open_context
 
-    budget = options.budget(given["target_gb"], given["target_gib"], given["target_bpw"])
-    plan = options.plan_request(given["sensitivity"], given["types"], given["floors"], given["layout"])
+    budget, plan = options.budget(given), options.plan_request(given)
     work = options.work_directory_of_output(given["work_dir"], out)
     context = open_context(model, work, pre=given["pre"], threads=given["threads"], progress=progress)
     text = options.calibration_text(model, given["text"], given["imatrix"])
@@ -98,15 +100,16 @@ def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Conver
 
 def _table(result: Converted) -> Any:
     from mopeq_edge.cli.console import rows_table
+    from mopeq_edge.cli.stages import planner_row, size_of
     from mopeq_edge.units import format_bytes
 
     plan, evaluation = result.plan, result.evaluation
     types = ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.bytes_by_type().items())
     rows = [
         ("layout", plan.layout),
-        ("file", f"{result.file_bytes:,} bytes of {plan.budget_bytes:,} allowed ({plan.bpw:.3f} bpw)"),
+        ("file", size_of(plan, result.file_bytes)),
         ("types", types),
-        ("optimality gap", f"{100 * plan.gap:.4f} %"),
+        planner_row(plan),
         ("imatrix", result.choice.sentence()),
         ("predicted damage", f"{plan.damage:.6g} {plan.unit} ({plan.sensitivity})"),
     ]

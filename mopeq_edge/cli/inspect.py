@@ -35,6 +35,8 @@ def inspect(model: Path, types: str, floors: tuple[str, ...], pre: str | None, a
     from converters import CONVERTERS
     from mopeq_edge.cli.console import print_json, print_table
     from mopeq_edge.describe import describe
+    from mopeq_edge.plan.candidates import parse_floors, parse_types
+    from mopeq_edge.plan.options import PlanOptions
     from mopeq_edge.source.open import open_source
     from mopeq_edge.summary import summarise_grouped
 
@@ -47,7 +49,8 @@ def inspect(model: Path, types: str, floors: tuple[str, ...], pre: str | None, a
         print_table(_grouped_table(grouped))
         return
     source = open_source(model, CONVERTERS, pre)
-    found = describe(source, options.plan_request("weight-mse", types, floors), options.CALIBRATION_NAME)
+    request = PlanOptions("weight-mse", parse_types(types), parse_floors(floors))
+    found = describe(source, request, options.CALIBRATION_NAME)
     if as_json:
         print_json(found.as_dict())
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,7 +13,7 @@ from mopeq_edge.cli.console import FILE
 if TYPE_CHECKING:
     from mopeq_edge.pipeline import CalibrationRequest
     from mopeq_edge.plan.budget import Budget
-    from mopeq_edge.plan.make import PlanOptions
+    from mopeq_edge.plan.options import PlanOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -71,17 +71,28 @@ plan_options = _stack(
         type=click.Choice(["auto", "fisher", "imatrix", "weight-mse", "mopeq", "frequency", "hybrid"]),
         default="auto",
         show_default=True,
-        help="Score that prices errors; auto is fisher where there are gradients, else imatrix.",
+        help="Score that prices errors; auto is fisher where there are gradients, else imatrix; mopeq for its planner.",
     ),
     click.option("--types", default="default", show_default=True, help="Candidate types: default, k, all, or a list."),
     click.option("--floor", "floors", multiple=True, help="ROLE=TYPE or ROLE=BITS: least type of a role."),
     click.option(
         "--layout",
         type=click.Choice(["stock", "per-expert"]),
-        default="stock",
-        show_default=True,
-        help="One type for each stack of experts (runs in any llama.cpp), or for each expert.",
+        help="One type for each stack of experts (the default; runs in any llama.cpp), or for each expert.",
     ),
+    click.option(
+        "--planner",
+        type=click.Choice(["knapsack", "mopeq"]),
+        default="knapsack",
+        show_default=True,
+        help="Least damage within the budget, or the paper's 2, 3 or 4 bit for every expert, with or without one.",
+    ),
+    click.option(
+        "--scope",
+        type=click.Choice(["layer", "model"]),
+        help="--planner mopeq: cluster the experts of each layer, or of the model (the default).",
+    ),
+    click.option("--bits", help="--planner mopeq: types of its precisions (default: 2=Q2_K,3=Q3_K,4=Q4_K)."),
 )
 
 measure_options = _stack(
@@ -100,17 +111,33 @@ measure_options = _stack(
 )
 
 
-def budget(target_gb: float | None, target_gib: float | None, target_bpw: float | None) -> Budget:
+def budget(given: Mapping[str, Any]) -> Budget | None:
+    """What the ``--target-…`` options ask for; None only where the planner needs none."""
     from mopeq_edge.plan.budget import Budget
 
-    return Budget(target_gb, target_gib, target_bpw)
+    targets = [given[name] for name in ("target_gb", "target_gib", "target_bpw")]
+    if given["planner"] == "mopeq" and targets == [None] * 3:
+        return None
+    return Budget(*targets)
 
 
-def plan_request(sensitivity: str, types: str, floors: tuple[str, ...], layout: str = "stock") -> PlanOptions:
+def plan_request(given: Mapping[str, Any]) -> PlanOptions:
+    """What the options of :data:`plan_options` ask for. A sensitivity of ``auto`` stays so for the knapsack."""
+    from mopeq_edge.errors import PlanError
     from mopeq_edge.plan.candidates import parse_floors, parse_types
-    from mopeq_edge.plan.make import PlanOptions
+    from mopeq_edge.plan.options import PER_MODEL, MapOptions, PlanOptions, parse_bits
 
-    return PlanOptions(sensitivity, parse_types(types), parse_floors(floors), layout)
+    sensitivity, types, floors = given["sensitivity"], parse_types(given["types"]), parse_floors(given["floors"])
+    if given["planner"] == "knapsack":
+        for name in ("scope", "bits"):
+            if given[name] is not None:
+                raise PlanError(f"--{name} {given[name]}: belongs to --planner mopeq; add that, or leave it out")
+        return PlanOptions(sensitivity, types, floors, given["layout"] or "stock")
+    asked = MapOptions(given["scope"] or PER_MODEL, parse_bits(given["bits"] or ""))
+    # one measurement serves both planners
+    every = tuple(sorted({*types, *asked.types}, key=lambda kind: (kind.bpw, kind.name)))
+    paper = "mopeq" if sensitivity == "auto" else sensitivity
+    return PlanOptions(paper, every, floors, given["layout"] or "per-expert", asked)
 
 
 def calibration_text(model: Path, text: Path | None, imatrix: Path | None) -> Path | None:

@@ -123,6 +123,9 @@ def sensitivity(model: Path, **given: Any) -> None:
 def plan(model: Path, **given: Any) -> None:
     """Choose a type for every tensor of MODEL under a byte budget; needs a finished sensitivity.
 
+    --planner mopeq is the paper's (arXiv 2509.02512): precisions by the experts' scores alone. Without a
+    target the size comes out; with one the map grows or shrinks to fit.
+
     \b
     Example:
       mopeq-edge plan OLMoE-1B-7B --target-gb 4 --work-dir olmoe.mopeq
@@ -133,8 +136,7 @@ def plan(model: Path, **given: Any) -> None:
     from mopeq_edge.plan.artifact import require_stock, tensor_type_lines, write_plan
     from mopeq_edge.sensitivity.scores import FISHER, IMATRIX
 
-    budget = options.budget(given["target_gb"], given["target_gib"], given["target_bpw"])
-    request = options.plan_request(given["sensitivity"], given["types"], given["floors"], given["layout"])
+    budget, request = options.budget(given), options.plan_request(given)
     if given["tensor_type_file"] is not None:
         require_stock(request.layout)
     with console_progress() as progress:
@@ -163,13 +165,26 @@ def plan_table(made: Plan) -> Any:
 
     types = ", ".join(f"{name} {format_bytes(size)}" for name, size in made.bytes_by_type().items())
     rows = [
-        ("predicted file", f"{made.file_bytes:,} bytes of {made.budget_bytes:,} allowed ({made.bpw:.3f} bpw)"),
+        ("predicted file", size_of(made, made.file_bytes)),
         ("possible files", f"{made.smallest_bytes:,} to {made.largest_bytes:,} bytes"),
         ("types", types),
         ("predicted damage", f"{made.damage:.6g} {made.unit} ({made.sensitivity})"),
-        ("optimality gap", f"{100 * made.gap:.4f} %"),
+        planner_row(made),
     ]
     return rows_table(f"plan, {made.layout} layout", rows)
+
+
+def size_of(made: Plan, file_bytes: int) -> str:
+    """Bytes of the file, what was allowed, and bits per weight."""
+    allowed = f" of {made.budget_bytes:,} allowed" if made.budget_bytes is not None else ", no target"
+    return f"{file_bytes:,} bytes{allowed} ({made.bpw:.3f} bpw)"
+
+
+def planner_row(made: Plan) -> tuple[str, str]:
+    """What the planner says of its plan: how far from the optimum, or how the paper's map was scaled."""
+    if made.precision_map is not None:
+        return "precision map", made.precision_map.sentence(made.budget_bytes)
+    return "optimality gap", f"{100 * (made.gap or 0):.4f} %"
 
 
 @click.command()

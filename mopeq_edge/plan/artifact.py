@@ -14,10 +14,12 @@ from mopeq_edge.errors import FormatError, PlanError
 from mopeq_edge.expert_groups.layout import ExpertGroup, Grouping
 from mopeq_edge.ggml.types import BY_NAME, F32, I32, GgmlType
 from mopeq_edge.source.model import SourceTensor
+from mopeq_edge.units import plural
 
-FORMAT, VERSION = "mopeq-edge plan", 2
+FORMAT, VERSION = "mopeq-edge plan", 3
 STOCK, PER_EXPERT = "stock", "per-expert"
 LAYOUTS = (STOCK, PER_EXPERT)
+KNAPSACK, MOPEQ = "knapsack", "mopeq"
 MIXED = "mixed"
 """Type of a stack whose experts have several; its groups have the types."""
 
@@ -51,23 +53,55 @@ class PlannedTensor:
 
 
 @dataclass(frozen=True)
+class PrecisionMap:
+    """The paper's map behind a plan: ``types`` of 2, 3 and 4 bit and how many ``experts`` each has.
+
+    ``unscaled_bytes`` is the file that the map would be without a budget; to fit it, ``steps`` experts in turn went
+    one precision up (or, below zero, down).
+    """
+
+    scope: str
+    types: tuple[str, ...]
+    experts: tuple[int, ...]
+    unscaled_bytes: int
+    steps: int
+
+    def sentence(self, budget_bytes: int | None) -> str:
+        """What the map is, and what was done to it."""
+        mix = ", ".join(f"{n} at {kind}" for kind, n in zip(self.types, self.experts, strict=True))
+        if budget_bytes is None:
+            return f"experts clustered by {self.scope}: {mix}"
+        way = "up" if self.steps > 0 else "down"
+        moved = f"{plural(abs(self.steps), 'step')} {way}" if self.steps else "no step"
+        return (
+            f"experts clustered by {self.scope}: {mix}; {budget_bytes:,} bytes asked for, {self.unscaled_bytes:,} "
+            f"without a target: {moved}"
+        )
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A finished plan. Sizes are bytes of the whole file; ``gap`` is the solver's optimality gap."""
+    """A finished plan. Sizes are bytes of the whole file; ``budget_bytes`` is None where there was none.
+
+    ``gap`` is the solver's optimality gap; None for a planner that solves nothing, which has a ``precision_map``.
+    """
 
     layout: str
+    planner: str
     sensitivity: str
     unit: str
-    budget_bytes: int
+    budget_bytes: int | None
     file_bytes: int
     header_bytes: int
     smallest_bytes: int
     largest_bytes: int
     damage: float
-    gap: float
+    gap: float | None
     quantized_with: str
     types: tuple[str, ...]
     made_from: str
     tensors: tuple[PlannedTensor, ...]
+    precision_map: PrecisionMap | None = None
 
     def type_of(self) -> dict[str, GgmlType | Grouping]:
         """Type, or groups of types, by tensor name."""
@@ -112,6 +146,7 @@ def read_plan(path: Path) -> Plan:
     try:
         fields["tensors"] = tuple(_tensor(t) for t in fields["tensors"])
         fields["types"] = tuple(fields["types"])
+        fields["precision_map"] = _precision_map(fields["precision_map"])
         plan = Plan(**fields)
         plan.type_of()
     except (KeyError, TypeError, ValueError) as error:
@@ -124,6 +159,12 @@ def _tensor(fields: Mapping[str, Any]) -> PlannedTensor:
     if bool(groups) != (fields["type"] == MIXED):
         raise ValueError(f"tensor '{fields['name']}' of type '{fields['type']}' in {len(groups)} groups")
     return PlannedTensor(**{**fields, "shape": tuple(fields["shape"]), "groups": groups})
+
+
+def _precision_map(fields: Mapping[str, Any] | None) -> PrecisionMap | None:
+    if fields is None:
+        return None
+    return PrecisionMap(**{**fields, "types": tuple(fields["types"]), "experts": tuple(fields["experts"])})
 
 
 def id_runs(ids: Iterable[int]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mopeq_edge.errors import PlanError
 from mopeq_edge.gguf_file import KV
 from mopeq_edge.gguf_layout import TensorSpec, layout
-from mopeq_edge.source.model import SourceTensor
+from mopeq_edge.source.model import Source, SourceTensor
 from mopeq_edge.units import GB, GIB
 
 
@@ -49,3 +49,8 @@ class Budget:
 def header_bytes(kvs: Mapping[str, KV], specs: Iterable[TensorSpec]) -> int:
     """Bytes before the tensor data. The types in ``specs`` do not change it."""
     return len(layout(kvs, list(specs)).header)
+
+
+def source_header_bytes(source: Source, kvs: Mapping[str, KV]) -> int:
+    """The same for the source's own tensors: what a budget in bits per weight comes on top of."""
+    return header_bytes(kvs, [(t.name, t.shape, t.type) for t in source.tensors])

@@ -1,4 +1,7 @@
-"""The plan stage: least predicted damage, exact bytes within the budget. Here the stock layout, one type a tensor."""
+"""The plan stage: least predicted damage, exact bytes within the budget. Here the stock layout, one type a tensor.
+
+The paper's planner, which asks for no budget, is in :mod:`mopeq_edge.plan.mopeq`.
+"""
 
 from __future__ import annotations
 
@@ -7,33 +10,20 @@ from dataclasses import dataclass
 
 from mopeq_edge.artifacts import digest
 from mopeq_edge.errors import PlanError
-from mopeq_edge.ggml.types import BY_NAME, GgmlType
+from mopeq_edge.ggml.types import BY_NAME
 from mopeq_edge.gguf_file import KV
 from mopeq_edge.gguf_layout import padded_nbytes
-from mopeq_edge.plan.artifact import LAYOUTS, STOCK, Plan, PlannedTensor
-from mopeq_edge.plan.budget import Budget, header_bytes
+from mopeq_edge.plan.artifact import KNAPSACK, STOCK, Plan, PlannedTensor
+from mopeq_edge.plan.budget import Budget, source_header_bytes
 from mopeq_edge.plan.candidates import Allowed, candidates
+from mopeq_edge.plan.mopeq import map_size_range, mopeq_plan, require_map_budget
+from mopeq_edge.plan.options import PlanOptions
 from mopeq_edge.plan.per_expert import per_expert_plan
 from mopeq_edge.plan.solve import Group, largest_cost, smallest_cost, solve
 from mopeq_edge.sensitivity.scores import UNITS
 from mopeq_edge.sensitivity.table import SensitivityTable
 from mopeq_edge.source.model import Source, SourceTensor
-from mopeq_edge.source.roles import Role
 from mopeq_edge.units import format_bytes
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    """``types`` may be chosen among, ``floors`` are least bits per weight by role, ``layout`` is one of LAYOUTS."""
-
-    sensitivity: str
-    types: tuple[GgmlType, ...]
-    floors: Mapping[Role, float]
-    layout: str = STOCK
-
-    def __post_init__(self) -> None:
-        if self.layout not in LAYOUTS:
-            raise PlanError(f"layout '{self.layout}': expected {' or '.join(LAYOUTS)}")
 
 
 @dataclass(frozen=True)
@@ -48,13 +38,18 @@ class _Choices:
 
 
 def make_plan(
-    source: Source, table: SensitivityTable, kvs: Mapping[str, KV], budget: Budget, options: PlanOptions
+    source: Source, table: SensitivityTable, kvs: Mapping[str, KV], budget: Budget | None, options: PlanOptions
 ) -> Plan:
     """Plan the file that ``kvs`` and ``source`` make. The predicted size is the written size, to the byte.
 
     The smallest and the largest file are the same in both layouts, and so are the bytes that a budget in bits per
-    weight means. Raises :class:`PlanError` for a budget below the exact minimum, which the message states.
+    weight means. Raises :class:`PlanError` for a budget below the exact minimum, which the message states, and
+    without a budget unless the paper's map is asked for.
     """
+    if options.precision_map is not None:
+        return mopeq_plan(source, table, kvs, budget, options)
+    if budget is None:
+        raise PlanError("--planner knapsack: expected a budget, found none; give one, or use --planner mopeq")
     allowed = _allowed(source, table, options)
     stock = _stock_plan(source, table, kvs, budget, options, allowed)
     return stock if options.layout == STOCK else per_expert_plan(source, kvs, allowed, stock)
@@ -68,7 +63,7 @@ def _stock_plan(
     options: PlanOptions,
     allowed: Mapping[str, Allowed],
 ) -> Plan:
-    header = _header_bytes(source, kvs)
+    header = source_header_bytes(source, kvs)
     choices = _choices(source, allowed, header)
     smallest = choices.fixed_bytes + smallest_cost(choices.groups)
     largest = choices.fixed_bytes + largest_cost(choices.groups)
@@ -87,6 +82,7 @@ def _stock_plan(
         planned.append(PlannedTensor(t.name, t.role.value, t.shape, kind, nbytes, damage))
     return Plan(
         layout=STOCK,
+        planner=KNAPSACK,
         sensitivity=options.sensitivity,
         unit=UNITS[options.sensitivity],
         budget_bytes=limit,
@@ -107,7 +103,10 @@ def _stock_plan(
 
 def require_budget(source: Source, kvs: Mapping[str, KV], budget: Budget, options: PlanOptions) -> None:
     """Raise :class:`PlanError` for a budget that no plan can meet, from shapes alone: before hours of work."""
-    header = _header_bytes(source, kvs)
+    if options.precision_map is not None:
+        require_map_budget(source, kvs, budget, options)
+        return
+    header = source_header_bytes(source, kvs)
     smallest, _ = size_range(source, kvs, options, has_imatrix=True)
     _require_room(budget, budget.file_bytes(header, source.tensors), smallest)
 
@@ -122,16 +121,14 @@ def _require_room(budget: Budget, limit: int, smallest: int) -> None:
 
 def size_range(source: Source, kvs: Mapping[str, KV], options: PlanOptions, *, has_imatrix: bool) -> tuple[int, int]:
     """(smallest, largest) bytes that a plan can have; needs no sensitivity."""
-    total = [_header_bytes(source, kvs)] * 2
+    if options.precision_map is not None:
+        return map_size_range(source, kvs, options)
+    total = [source_header_bytes(source, kvs)] * 2
     for tensor in source.tensors:
         kinds = candidates(tensor, options.types, has_imatrix=has_imatrix, floors=options.floors)
         sizes = [padded_nbytes(tensor.shape, kind) for kind in kinds]
         total = [total[0] + min(sizes), total[1] + sizes[-1]]
     return total[0], total[1]
-
-
-def _header_bytes(source: Source, kvs: Mapping[str, KV]) -> int:
-    return header_bytes(kvs, [(t.name, t.shape, t.type) for t in source.tensors])
 
 
 def _allowed(source: Source, table: SensitivityTable, options: PlanOptions) -> dict[str, Allowed]:

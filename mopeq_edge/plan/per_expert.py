@@ -34,6 +34,7 @@ def per_expert_plan(source: Source, kvs: Mapping[str, KV], allowed: Mapping[str,
     ``allowed`` has the candidate types and their damages [n_types, n_matrices] of each quantizable tensor. The
     predicted size is the written size, to the byte.
     """
+    assert stock.budget_bytes is not None, "the knapsack has a budget"
     tensors = [t for t in source.tensors if t.name in allowed]
     kinds = sorted({kind for a in allowed.values() for kind in a.types}, key=lambda kind: (kind.bpw, kind.name))
     as_stored = file_layout(kvs, source.tensors, {t.name: t.type for t in source.tensors})
@@ -63,7 +64,7 @@ def per_expert_plan(source: Source, kvs: Mapping[str, KV], allowed: Mapping[str,
         header_bytes=len(place.header),
         damage=found.damage,
         gap=_gap(found.damage, bound),
-        tensors=tuple(_planned(t, types[t.name], nbytes, damage_of.get(t.name, 0.0)) for t in source.tensors),
+        tensors=tuple(planned_tensor(t, types[t.name], nbytes, damage_of.get(t.name, 0.0)) for t in source.tensors),
     )
 
 
@@ -79,7 +80,7 @@ def _problem(
     costs = np.full((n_rows, n_types), NEVER, dtype=np.int64)
     damages = np.full((n_rows, n_types), np.inf)
     padding = np.zeros((len(tensors), n_types), dtype=np.int64)
-    group_padding, grouped = padding.copy(), np.array([_is_stack(t) for t in tensors], dtype=bool)
+    group_padding, grouped = padding.copy(), np.array([is_stack(t) for t in tensors], dtype=bool)
     first = 0
     for index, tensor in enumerate(tensors):
         rows = slice(first, first + tensor.n_matrices)
@@ -92,13 +93,14 @@ def _problem(
             if grouped[index]:
                 padding[index, at] = spare
                 group_padding[index, at] = alignment - math.gcd(own, alignment)
-    overhead = np.array([_overhead(t, alignment) if _is_stack(t) else [0] * (MAX_GROUPS + 1) for t in tensors])
+    overhead = np.array([_overhead(t, alignment) if is_stack(t) else [0] * (MAX_GROUPS + 1) for t in tensors])
     stack = np.repeat(np.arange(len(tensors)), [t.n_matrices for t in tensors])
     shape = (len(tensors), MAX_GROUPS + 1)
     return Problem(costs, damages, stack, overhead.reshape(shape).astype(np.int64), padding, group_padding, grouped)
 
 
-def _is_stack(tensor: SourceTensor) -> bool:
+def is_stack(tensor: SourceTensor) -> bool:
+    """Whether the experts of ``tensor`` may have types of their own."""
     return tensor.projection is not None and len(tensor.shape) == 3
 
 
@@ -114,9 +116,10 @@ def _overhead(stack: SourceTensor, alignment: int) -> list[int]:
     return extra
 
 
-def _planned(
+def planned_tensor(
     tensor: SourceTensor, kind: GgmlType | Grouping, nbytes: Mapping[str, int], damage: float
 ) -> PlannedTensor:
+    """``tensor`` in its type or groups; ``nbytes`` are the padded bytes of the file's tensors by name."""
     if isinstance(kind, GgmlType):
         return PlannedTensor(tensor.name, tensor.role.value, tensor.shape, kind.name, nbytes[tensor.name], damage)
     groups = tuple(

@@ -18,7 +18,8 @@ from mopeq_edge.gguf_layout import layout
 from mopeq_edge.plan.artifact import Plan, read_plan, tensor_type_lines, write_plan
 from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.candidates import DEFAULT_TYPES, FLOORS, parse_types
-from mopeq_edge.plan.make import PlanOptions, make_plan, require_budget, size_range
+from mopeq_edge.plan.make import make_plan, require_budget, size_range
+from mopeq_edge.plan.options import PlanOptions
 from mopeq_edge.sensitivity.table import SensitivityTable
 from mopeq_edge.source.roles import Role
 
@@ -220,12 +221,12 @@ def test_plan_json(source: MemorySource, damages: SensitivityTable, tmp_path: Pa
     write_plan(found, paths[1])
     assert paths[0].read_bytes() == paths[1].read_bytes()
     document = json.loads(paths[0].read_text())
-    assert (document["format"], document["version"]) == ("mopeq-edge plan", 2)
+    assert (document["format"], document["version"]) == ("mopeq-edge plan", 3)
     assert list(document) == sorted(document)
 
 
 @pytest.mark.parametrize(
-    "change", [{"version": 1}, {"version": 3}, {"version": "2"}, {"version": None}, {"format": "mopeq-edge x"}]
+    "change", [{"version": 1}, {"version": 2}, {"version": "3"}, {"version": None}, {"format": "mopeq-edge x"}]
 )
 def test_another_version_of_plan_json(
     source: MemorySource, damages: SensitivityTable, tmp_path: Path, change: dict[str, Any]
@@ -233,7 +234,7 @@ def test_another_version_of_plan_json(
     path = tmp_path / "plan.json"
     write_plan(make_plan(source, damages, source.kvs, Budget(bpw=5), options()), path)
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(FormatError, match=f"^{path}: expected 'mopeq-edge plan' version 2, found .*; make it again"):
+    with pytest.raises(FormatError, match=f"^{path}: expected 'mopeq-edge plan' version 3, found .*; make it again"):
         read_plan(path)
 
 

@@ -20,7 +20,8 @@ from mopeq_edge.gguf_file import read_header
 from mopeq_edge.plan.artifact import MIXED, PER_EXPERT, STOCK, Plan, id_runs, ids_of, read_plan, write_plan
 from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.candidates import DEFAULT_TYPES, FLOORS, parse_types
-from mopeq_edge.plan.make import PlanOptions, make_plan, size_range
+from mopeq_edge.plan.make import make_plan, size_range
+from mopeq_edge.plan.options import PlanOptions
 from mopeq_edge.sensitivity.table import SensitivityTable
 from mopeq_edge.source.model import SourceTensor
 from mopeq_edge.source.roles import Role
@@ -251,7 +252,7 @@ def test_plan_json(tmp_path: Path) -> None:
     found = read_plan(tmp_path / "plan.json")
     assert (found, found.sha256) == (plan, plan.sha256)
     document = json.loads((tmp_path / "plan.json").read_text())
-    assert (document["layout"], document["version"]) == ("per-expert", 2)
+    assert (document["layout"], document["version"]) == ("per-expert", 3)
     stack = next(t for t in document["tensors"] if t["type"] == MIXED)
     assert {type(group["experts"]) for group in stack["groups"]} == {str}
     # a type and its experts on a line each, not a line for every expert
