@@ -20,6 +20,7 @@ from mopeq_edge.pipeline import (
     Context,
     check_budget,
     check_calibration,
+    check_sensitivity,
     plan_only,
     run_calibrate,
     run_emit,
@@ -146,6 +147,7 @@ def convert(context: Context, request: ConvertRequest) -> Converted:
     """
     check_output(request.output, context.source.files, force=request.force)
     check_calibration(context, request.calibration)
+    check_sensitivity(context, request.calibration, request.options.sensitivity)
     words = read_text(request.evaluation_text) if request.evaluation_text is not None else ""
     if request.evaluate and not words:
         raise PlanError(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from converters import CONVERTERS
 from mopeq_edge.artifacts import digest, file_digest
 from mopeq_edge.calibrate.statistics import read_routing, routing_from_imatrix, write_routing
+from mopeq_edge.calibrate.traces import Traces, read_traces, write_traces
 from mopeq_edge.emit import emit
 from mopeq_edge.errors import CalibrationError, PlanError
 from mopeq_edge.expert_groups.layout import Types, file_specs
@@ -24,12 +25,14 @@ from mopeq_edge.plan.options import PlanOptions
 from mopeq_edge.progress import Progress
 from mopeq_edge.sensitivity.pricing import Statistics, require_scores
 from mopeq_edge.sensitivity.run import measure_sensitivity
+from mopeq_edge.sensitivity.scores import TRACE
 from mopeq_edge.sensitivity.table import SensitivityTable, read_table, write_table
 from mopeq_edge.source.model import Source
 from mopeq_edge.source.open import open_source, source_files_digest
 from mopeq_edge.workdir import WorkDirectory
 
 ACTIVATION_FILE, GRADIENT_FILE, ROUTING_FILE = "imatrix.gguf", "gradient.gguf", "routing.safetensors"
+TRACE_FILE = "trace.safetensors"
 NO_IMATRIX = "none"
 
 
@@ -45,10 +48,19 @@ class Context:
 
 
 @dataclass(frozen=True)
+class TraceRequest:
+    """Measure Hessian traces on the first ``chunks`` windows with ``probes`` random probes (two or more)."""
+
+    chunks: int = 8
+    probes: int = 8
+
+
+@dataclass(frozen=True)
 class CalibrationRequest:
     """Where the statistics come from: a text, or an imatrix that llama-imatrix made.
 
-    ``text`` is the calibration text itself and ``dataset`` its name.
+    ``text`` is the calibration text itself and ``dataset`` its name; ``trace`` adds Hessian traces, which need
+    ``fisher``.
     """
 
     text: str = ""
@@ -58,6 +70,7 @@ class CalibrationRequest:
     fisher: bool = True
     seed: int = 1
     imatrix: Path | None = None
+    trace: TraceRequest | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +92,11 @@ def open_context(model: Path, work: Path, *, pre: str | None, threads: int, prog
 
 def check_calibration(context: Context, request: CalibrationRequest) -> None:
     """Raise :class:`CalibrationError` for a request that cannot be met, before anything is computed."""
+    if request.trace is not None and not (request.fisher and context.source.kind == "huggingface"):
+        raise CalibrationError(
+            f"{context.source.path}: --trace needs --fisher on the text of a Hugging Face directory (matrices that are "
+            "no experts are priced by gradients); calibrate that directory without --imatrix, or leave out --trace"
+        )
     if request.imatrix is not None:
         return
     if not request.text:
@@ -88,6 +106,12 @@ def check_calibration(context: Context, request: CalibrationRequest) -> None:
             f"{context.source.path}: gradients need the Hugging Face directory, this is a GGUF; "
             "calibrate that directory, or leave out --fisher and use --sensitivity imatrix"
         )
+
+
+def check_sensitivity(context: Context, request: CalibrationRequest, sensitivity: str) -> None:
+    """Raise :class:`CalibrationError` for ``trace`` when it is neither there nor asked for, before any work."""
+    if sensitivity == TRACE and request.trace is None and _load_traces(context) is None:
+        require_scores([sensitivity], Statistics())
 
 
 def run_calibrate(context: Context, request: CalibrationRequest) -> Calibrated:
@@ -101,11 +125,17 @@ def run_calibrate(context: Context, request: CalibrationRequest) -> Calibrated:
         statistics = _calibrate(context, request)
         names = _write_statistics(context.work, statistics, made_from)
         context.work.record("calibrate", made_from, names)
-    return Calibrated(load_statistics(context.work, context.progress), made_from)
+    if request.trace is not None:
+        _run_trace(context, request, request.trace)
+    return Calibrated(load_statistics(context), made_from)
 
 
-def load_statistics(work: WorkDirectory, progress: Progress) -> Statistics:
-    """Statistics of the finished calibrate stage. Raises :class:`CalibrationError` if there is none."""
+def load_statistics(context: Context) -> Statistics:
+    """Statistics of the finished calibrate stage, with the source's traces if they were measured.
+
+    Raises :class:`CalibrationError` if there is no finished stage.
+    """
+    work = context.work
     names = work.files("calibrate")
     if ACTIVATION_FILE not in names:
         raise CalibrationError(f"{work.path}: has no finished calibration; run mopeq-edge calibrate first")
@@ -113,8 +143,10 @@ def load_statistics(work: WorkDirectory, progress: Progress) -> Statistics:
         activation=read_imatrix(work.file(ACTIVATION_FILE)),
         gradient=read_imatrix(work.file(GRADIENT_FILE)) if GRADIENT_FILE in names else None,
         routing=read_routing(work.file(ROUTING_FILE)),
+        traces=_load_traces(context),
     )
-    _note_unrouted(statistics, progress)
+    _note_unrouted(statistics, context.progress)
+    _note_clamped(statistics, context.progress)
     return statistics
 
 
@@ -126,7 +158,9 @@ def run_sensitivity(
     sample_rows: int | None,
 ) -> SensitivityTable:
     """The sensitivity stage; ``calibrated`` None measures without an imatrix."""
-    inputs = (context.source_sha256, calibrated.made_from if calibrated else NO_IMATRIX)
+    inputs = [context.source_sha256, calibrated.made_from if calibrated else NO_IMATRIX]
+    if calibrated is not None and calibrated.statistics.traces is not None:
+        inputs.append(calibrated.statistics.traces.made_from)
     made_from = digest(["sensitivity 3", *inputs, sorted(t.name for t in types), quantize_with, sample_rows])
     stage, name = f"sensitivity-{quantize_with}", f"sensitivity-{quantize_with}.safetensors"
     if not context.work.has(stage, made_from):
@@ -241,6 +275,39 @@ def _calibrate(context: Context, request: CalibrationRequest) -> Statistics:
     )
 
 
+def _run_trace(context: Context, request: CalibrationRequest, trace: TraceRequest) -> None:
+    """A stage of its own: it is costly, and a new choice of probes leaves the rest of the calibration alone."""
+    options = (request.n_ctx, trace.chunks, trace.probes, request.seed)
+    made_from = digest(["trace 1", context.source_sha256, digest(request.text), *options])
+    if context.work.has("trace", made_from):
+        return
+    from mopeq_edge.calibrate.trace import trace_text
+
+    traces = trace_text(
+        context.source,
+        request.text,
+        n_ctx=request.n_ctx,
+        chunks=trace.chunks,
+        probes=trace.probes,
+        seed=request.seed,
+        threads=context.threads,
+        scratch=context.work.path,
+        source_sha256=context.source_sha256,
+        made_from=made_from,
+        progress=context.progress,
+    )
+    write_traces(traces, context.work.file(TRACE_FILE))
+    context.work.record("trace", made_from, [TRACE_FILE])
+
+
+def _load_traces(context: Context) -> Traces | None:
+    """The traces in the work directory, if they are this source's."""
+    if TRACE_FILE not in context.work.files("trace"):
+        return None
+    traces = read_traces(context.work.file(TRACE_FILE))
+    return traces if traces.source_sha256 == context.source_sha256 else None
+
+
 def _foreign_imatrix(context: Context, path: Path) -> Calibrated:
     imatrix = read_imatrix(path)
     check_imatrix(imatrix, path, context.source)
@@ -284,11 +351,24 @@ def _note_unrouted(statistics: Statistics, progress: Progress) -> None:
     unrouted = statistics.activation.unrouted if statistics.activation is not None else ()
     experts = sorted({name.split(".ffn_")[0] + "[" + name.split("[")[1] for name in unrouted})
     if experts:
-        shown = ", ".join(experts[:8]) + (", …" if len(experts) > 8 else "")
         progress.note(
-            f"note: never-routed experts ({len(experts)}): {shown}; priced by their layer's mean at one token, "
-            "more text may reach them"
+            f"note: never-routed experts ({len(experts)}): {_first(experts)}; priced by their layer's mean at one "
+            "token, more text may reach them"
         )
+
+
+def _note_clamped(statistics: Statistics, progress: Progress) -> None:
+    clamped = statistics.traces.clamped if statistics.traces is not None else ()
+    if clamped:
+        names = [name.replace(".weight[", "[") for name in clamped]
+        progress.note(
+            f"note: traces that were not positive ({len(clamped)}): {_first(names)}; priced by their stack's mean per "
+            "token, more --probes or --trace-chunks make them clearer"
+        )
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
 
 
 def load_sensitivity(work: WorkDirectory) -> SensitivityTable:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +33,34 @@ class Traces:
     clamped: tuple[str, ...]
     source_sha256: str
     made_from: str
+
+    @property
+    def relative_error(self) -> float:
+        """Median of standard error over estimate, over all matrices whose estimate was positive."""
+        ratios = [
+            self.standard_error[name][expert] / value
+            for name, values in sorted(self.mean_diagonal.items())
+            for expert, value in enumerate(values)
+            if f"{name}[{expert}]" not in self.clamped
+        ]
+        return float(np.median(ratios)) if ratios else float("inf")
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "clamped": list(self.clamped),
+            "loss_nats_per_token": self.loss,
+            "median_relative_standard_error": self.relative_error,
+            "probes": self.n_probes,
+            "tokens": self.n_tokens,
+        }
+
+    def sentence(self) -> str:
+        """How well the traces are known."""
+        return (
+            f"{self.n_probes} probes on {self.n_tokens:,} tokens, median relative standard error "
+            f"{100 * self.relative_error:.0f} %, {len(self.clamped)} not positive"
+        )
 
 
 def with_prior(

@@ -79,6 +79,9 @@ def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Conver
         chunks=given["chunks"],
         fisher=given["fisher"],
         seed=given["seed"],
+        trace=given["trace"],
+        probes=given["probes"],
+        trace_chunks=given["trace_chunks"],
     )
     if plan.sensitivity == "auto":
         plan = replace(plan, sensitivity=default_sensitivity(context, calibration))

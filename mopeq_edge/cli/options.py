@@ -56,7 +56,14 @@ calibration_options = _stack(
     click.option(
         "--fisher/--no-fisher", default=None, help="Also the gradient-weighted imatrix (default: for a checkpoint)."
     ),
-    click.option("--seed", type=int, default=1, show_default=True, help="Draws the labels of --fisher."),
+    click.option("--seed", type=int, default=1, show_default=True, help="Draws labels and probes."),
+    click.option(
+        "--trace", is_flag=True, help="Also Hessian traces for --sensitivity trace: two more passes for each probe."
+    ),
+    click.option("--probes", type=click.IntRange(min=2), default=8, show_default=True, help="Probes of --trace."),
+    click.option(
+        "--trace-chunks", type=click.IntRange(min=1), default=8, show_default=True, help="Windows of --trace, at most."
+    ),
 )
 
 budget_options = _stack(
@@ -68,7 +75,7 @@ budget_options = _stack(
 plan_options = _stack(
     click.option(
         "--sensitivity",
-        type=click.Choice(["auto", "fisher", "imatrix", "weight-mse", "mopeq", "frequency", "hybrid"]),
+        type=click.Choice(["auto", "fisher", "imatrix", "weight-mse", "mopeq", "frequency", "hybrid", "trace"]),
         default="auto",
         show_default=True,
         help="Score that prices errors; auto is fisher where there are gradients, else imatrix; mopeq for its planner.",
@@ -158,12 +165,16 @@ def calibration_request(
     chunks: int,
     fisher: bool | None,
     seed: int,
+    trace: bool,
+    probes: int,
+    trace_chunks: int,
 ) -> CalibrationRequest:
-    from mopeq_edge.pipeline import CalibrationRequest
+    from mopeq_edge.pipeline import CalibrationRequest, TraceRequest
 
     wanted = model.is_dir() if fisher is None else fisher
     name = text.name if text is not None else ""
-    return CalibrationRequest(words, name, ctx, chunks, wanted and imatrix is None, seed, imatrix)
+    traces = TraceRequest(trace_chunks, probes) if trace else None
+    return CalibrationRequest(words, name, ctx, chunks, wanted and imatrix is None, seed, imatrix, traces)
 
 
 def work_directory(work_dir: Path | None, model: Path) -> Path:

@@ -26,7 +26,7 @@ def _context(model: Path, given: dict[str, Any], progress: Any) -> Context:
 def _finished_calibration(context: Context) -> Calibrated:
     from mopeq_edge.pipeline import Calibrated, load_statistics
 
-    return Calibrated(load_statistics(context.work, context.progress), context.work.made_from("calibrate") or "")
+    return Calibrated(load_statistics(context), context.work.made_from("calibrate") or "")
 
 
 @click.command()
@@ -39,7 +39,8 @@ def _finished_calibration(context: Context) -> Calibrated:
 def calibrate(model: Path, **given: Any) -> None:
     """Run text through MODEL and keep its statistics in the work directory.
 
-    Leaves imatrix.gguf, with --fisher gradient.gguf (both serve llama-quantize too), and the routing.
+    Leaves imatrix.gguf, with --fisher gradient.gguf (both serve llama-quantize too), and the routing; with
+    --trace also trace.safetensors.
 
     \b
     Example:
@@ -52,24 +53,28 @@ def calibrate(model: Path, **given: Any) -> None:
     with console_progress() as progress:
         context = _context(model, given, progress)
         text = options.calibration_text(model, given["text"], given["imatrix"])
-        names = ("imatrix", "ctx", "chunks", "fisher", "seed")
+        names = ("imatrix", "ctx", "chunks", "fisher", "seed", "trace", "probes", "trace_chunks")
         request = options.calibration_request(
             model, text, read_text(text) if text is not None else "", **{name: given[name] for name in names}
         )
         statistics = run_calibrate(context, request).statistics
-    routing, imatrix = statistics.routing, statistics.activation
+    routing, imatrix, traces = statistics.routing, statistics.activation, statistics.traces
+    left = [*context.work.files("calibrate"), *(context.work.files("trace") if traces is not None else ())]
     summary = {
         "tokens": routing.n_tokens if routing is not None else 0,
         "entries": len(imatrix.entries) if imatrix is not None else 0,
         "gradient_imatrix": statistics.gradient is not None,
         "never_routed": list(imatrix.unrouted) if imatrix is not None else [],
-        "files": {name: str(context.work.file(name)) for name in context.work.files("calibrate")},
+        "files": {name: str(context.work.file(name)) for name in left},
+        "trace": traces.summary() if traces is not None else None,
     }
     if given["as_json"]:
         print_json(summary)
         return
     rows = [("tokens", f"{summary['tokens']:,}"), ("imatrix entries", str(summary["entries"]))]
-    rows += [(name, str(context.work.file(name))) for name in context.work.files("calibrate")]
+    rows += [(name, str(context.work.file(name))) for name in left]
+    if traces is not None:
+        rows.append(("trace", traces.sentence()))
     print_table(rows_table(f"calibration of {model}", rows))
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mopeq_edge.calibrate.statistics import Routing
+from mopeq_edge.calibrate.traces import Traces
 from mopeq_edge.errors import CalibrationError
 from mopeq_edge.imatrix import ACTIVATION, GRADIENT, PRIOR_COUNT, Imatrix
 from mopeq_edge.sensitivity.scores import (
@@ -18,7 +19,9 @@ from mopeq_edge.sensitivity.scores import (
     MOPEQ,
     NEEDS_GRADIENT,
     NEEDS_ROUTING,
+    NEEDS_TRACES,
     SCORES,
+    TRACE,
     WEIGHT_MSE,
     Doubles,
     Pricing,
@@ -30,11 +33,12 @@ from mopeq_edge.source.roles import Role
 
 @dataclass(frozen=True)
 class Statistics:
-    """What calibration left: any of the three may be missing, and then some scores are."""
+    """What calibration left: any of these may be missing, and then some scores are."""
 
     activation: Imatrix | None = None
     gradient: Imatrix | None = None
     routing: Routing | None = None
+    traces: Traces | None = None
 
     def imatrix(self, kind: str) -> Imatrix | None:
         """The imatrix of ``kind``: ``activation``, ``gradient``; None for any other."""
@@ -52,6 +56,7 @@ class Statistics:
             for score in SCORES
             if (score not in NEEDS_GRADIENT or self.gradient is not None)
             and (score not in NEEDS_ROUTING or (self.activation is not None and self.routing is not None))
+            and (score not in NEEDS_TRACES or self.traces is not None)
         )
 
 
@@ -59,6 +64,11 @@ def require_scores(scores: Sequence[str], statistics: Statistics) -> None:
     """Raise :class:`CalibrationError` for a score that lacks its statistics, saying how to get them."""
     for score in scores:
         if score not in statistics.available():
+            if score in NEEDS_TRACES and statistics.traces is None:
+                raise CalibrationError(
+                    f"sensitivity '{score}' needs Hessian traces, and none were measured: run calibrate --trace on the "
+                    "Hugging Face directory, or choose --sensitivity fisher"
+                )
             if score in NEEDS_GRADIENT:
                 raise CalibrationError(
                     f"sensitivity '{score}' needs gradients: calibrate the Hugging Face directory with --fisher "
@@ -92,6 +102,9 @@ def pricings(tensor: SourceTensor, statistics: Statistics, mopeq: Sequence[float
         # an embedding row is one output, so its gradient is not spread over n_out rows
         factor = scale if tensor.role is Role.EMBEDDING else scale / tensor.n_out
         made[FISHER] = _priced(tensor, statistics.gradient, factor, rows)
+        if statistics.traces is not None:
+            of_experts = statistics.traces.mean_diagonal.get(tensor.name)
+            made[TRACE] = made[FISHER] if of_experts is None else [Pricing(0.5 * float(h)) for h in of_experts]
     return made
 
 

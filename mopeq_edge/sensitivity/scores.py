@@ -12,6 +12,7 @@ score                 damage of D                                              u
 ``mopeq``             S(e) sum_ij D_ij^2                                       S in 1/|W|, see below
 ``frequency``         (tokens routed to e / T) sum_ij D_ij^2                   squared weight error per token
 ``hybrid``            f(e) s(e) sum_ij D_ij^2, see below                       squared weight error
+``trace``             1/2 tr(H_e)/n sum_ij D_ij^2, see below                   nats per token
 ====================  =======================================================  ======================
 
 T is the number of calibration tokens; the sums over t run over the tokens routed to the expert, so they
@@ -25,6 +26,10 @@ of unit length the estimate's expectation is (n - 1) / (n |W|_F) for n weights.
 ``hybrid`` (the same paper's comparison, which does not say how it normalises): tokens and S of an expert, each divided
 by its mean over the layer's experts. Dividing by the sums ranks a layer's experts the same; with means the average
 expert also costs its plain squared error, as every matrix that is no expert does, however many experts a layer has.
+
+``trace`` (HAWQ-V2): H_e is the Hessian of the calibration text's cross-entropy, mean per token, for the n weights of
+one expert matrix; ``calibrate --trace`` estimates its trace. The factor 1/2 makes the damage the second-order rise of
+the loss when errors favour no direction. Matrices that are no experts are priced as by ``fisher``, in the same unit.
 """
 
 from __future__ import annotations
@@ -39,7 +44,7 @@ import numpy.typing as npt
 Doubles = npt.NDArray[np.float64]
 
 FISHER, IMATRIX, WEIGHT_MSE = "fisher", "imatrix", "weight-mse"
-MOPEQ, FREQUENCY, HYBRID = "mopeq", "frequency", "hybrid"
+MOPEQ, FREQUENCY, HYBRID, TRACE = "mopeq", "frequency", "hybrid", "trace"
 
 UNITS: Mapping[str, str] = {
     FISHER: "nats of KLD per token",
@@ -48,11 +53,13 @@ UNITS: Mapping[str, str] = {
     MOPEQ: "squared weight error x 1/|W|",
     FREQUENCY: "squared weight error per token",
     HYBRID: "squared weight error",
+    TRACE: "nats per token",
 }
 SCORES: tuple[str, ...] = tuple(UNITS)
 
-NEEDS_GRADIENT: frozenset[str] = frozenset({FISHER})
-NEEDS_ROUTING: frozenset[str] = frozenset({FISHER, IMATRIX, FREQUENCY, HYBRID})
+NEEDS_GRADIENT: frozenset[str] = frozenset({FISHER, TRACE})
+NEEDS_ROUTING: frozenset[str] = frozenset({FISHER, IMATRIX, FREQUENCY, HYBRID, TRACE})
+NEEDS_TRACES: frozenset[str] = frozenset({TRACE})
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,13 @@ def test_read_back_and_the_same_bytes_again(tmp_path: Path) -> None:
     assert [getattr(back, name) for name in plain] == [getattr(make(), name) for name in plain]
 
 
+def test_the_stated_error_is_the_median_of_what_was_estimated() -> None:
+    # 0.1, 0.6 and 0.1; the clamped one does not count
+    assert make().relative_error == pytest.approx(0.1)
+    assert make().sentence() == "8 probes on 4,096 tokens, median relative standard error 10 %, 1 not positive"
+    assert make().summary()["clamped"] == [f"{UP}[1]"]
+
+
 def test_another_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t").write_bytes(b"x" * 64)
     with pytest.raises(FormatError, match=r"cannot be read as trace .* calibrate with --trace again"):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mopeq_edge.calibrate.statistics import Routing
+from mopeq_edge.calibrate.traces import Traces
 from mopeq_edge.errors import CalibrationError
 from mopeq_edge.ggml.types import BF16
 from mopeq_edge.imatrix import GRADIENT, Entry, Imatrix
@@ -37,7 +38,8 @@ GRADIENTS = Imatrix(
     *(("x",), 2, 5, GRADIENT, 0.5),
 )
 ROUTING = Routing(10, {0: np.array([7.0, 0.0])}, {}, np.array([5.0, 2.0, 0.0]))
-ALL = Statistics(ACTIVATION, GRADIENTS, ROUTING)
+TRACES = Traces({UP.name: np.array([0.6, 0.2])}, {UP.name: np.ones(2)}, 2, 10, 1.0, (), "", "")
+ALL = Statistics(ACTIVATION, GRADIENTS, ROUTING, TRACES)
 
 
 def weights(pricing: Pricing, tensor: SourceTensor) -> list[list[float]]:
@@ -61,7 +63,8 @@ def close(found: list[list[list[float]]], expected: object) -> None:
 
 
 def test_experts() -> None:
-    assert list(pricings(UP, ALL, [1.0, 1.0])) == ["weight-mse", "mopeq", "frequency", "hybrid", "imatrix", "fisher"]
+    every = ["weight-mse", "mopeq", "frequency", "hybrid", "imatrix", "fisher", "trace"]
+    assert list(pricings(UP, ALL, [1.0, 1.0])) == every
     close(prices(UP, "weight-mse"), 1.0)
     close(prices(UP, "mopeq"), [[[0.25]], [[0.75]]])
     # 7 of 10 tokens; the unused expert counts as if it had one
@@ -71,6 +74,7 @@ def test_experts() -> None:
     close(prices(UP, "imatrix"), [[[0.6, 0.8]], [[0.1, 0.2]]])
     # half of sum/10 tokens, spread over 4 outputs, times the scale that the file was divided by
     close(prices(UP, "fisher"), np.array([[[3, 4]], [[1, 2]]]) * 0.5 / (2 * 10 * 4))
+    close(prices(UP, "trace"), [[[0.3]], [[0.1]]])
 
 
 def test_a_matrix_that_every_token_passes() -> None:
@@ -101,6 +105,14 @@ def test_only_what_the_statistics_allow() -> None:
     assert set(foreign.available()) == {"weight-mse", "mopeq", "frequency", "hybrid", "imatrix"}
     assert set(pricings(UP, foreign, [1.0, 1.0])) == set(foreign.available())
     assert set(ALL.available()) == set(pricings(UP, ALL, [1.0, 1.0]))
+    # traces of experts alone price no other matrix
+    untraced = Statistics(ACTIVATION, GRADIENTS, ROUTING)
+    without_gradients = Statistics(ACTIVATION, None, ROUTING, TRACES)
+    for statistics in (untraced, without_gradients):
+        assert "trace" not in statistics.available()
+        assert set(statistics.available()) == set(pricings(UP, statistics, [1.0, 1.0]))
+    for tensor in (QUERY, OUTPUT, EMBEDDING):
+        close(prices(tensor, "trace"), prices(tensor, "fisher"))
     close(prices(UP, "imatrix", foreign), prices(UP, "imatrix"))
 
 
@@ -111,6 +123,12 @@ def test_a_score_without_its_statistics_says_what_to_do() -> None:
         require_scores(["imatrix", "fisher"], Statistics(ACTIVATION, None, ROUTING))
     for part in ("sensitivity 'fisher' needs gradients", "the Hugging Face directory with --fisher", "GGUF source"):
         assert part in str(caught.value)
+    with pytest.raises(CalibrationError, match="'trace' needs gradients"):
+        require_scores(["trace"], Statistics(ACTIVATION, None, ROUTING, TRACES))
+    with pytest.raises(
+        CalibrationError, match="'trace' needs Hessian traces, and none were measured: run calibrate --trace"
+    ):
+        require_scores(["trace"], Statistics(ACTIVATION, GRADIENTS, ROUTING))
     for score in ("imatrix", "frequency", "hybrid"):
         with pytest.raises(CalibrationError, match=f"'{score}' needs an imatrix: run calibrate, or give --imatrix"):
             require_scores([score], Statistics())
