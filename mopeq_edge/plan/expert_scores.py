@@ -8,12 +8,12 @@ import numpy as np
 
 from mopeq_edge.errors import PlanError
 from mopeq_edge.ggml.types import GgmlType
-from mopeq_edge.sensitivity.scores import FISHER, IMATRIX, MOPEQ, WEIGHT_MSE, Doubles
+from mopeq_edge.sensitivity.scores import FREQUENCY, HYBRID, MOPEQ, WEIGHT_MSE, Doubles
 from mopeq_edge.sensitivity.table import SensitivityTable
 from mopeq_edge.source.model import SourceTensor
 
-PRICES_ERRORS: frozenset[str] = frozenset({FISHER, IMATRIX, WEIGHT_MSE})
-"""Sensitivities that have no number for an expert, only for its error in a type."""
+RANKS_EXPERTS: frozenset[str] = frozenset({FREQUENCY, HYBRID})
+"""Sensitivities whose damage is one number of the expert times its squared error."""
 
 DIGITS = 12
 """Significant digits of a score that is recovered as a quotient, so that equal experts stay equal."""
@@ -27,8 +27,8 @@ def expert_scores(
 ) -> Mapping[int, Doubles]:
     """[n_expert] by layer, for the layers of ``stacks``.
 
-    ``mopeq`` is S(e) of the paper. ``frequency`` and ``hybrid`` have a number of their own for every expert, the
-    factor of its squared error. Of the others it is the expert's damage with each of its matrices in ``type_of``,
+    ``mopeq`` is S(e) of the paper. ``frequency`` and ``hybrid`` have a number of their own for every expert, which is
+    recovered from the table. Of the others it is the expert's damage with each of its matrices in ``type_of``,
     summed. Raises :class:`PlanError` for a table that lacks the score.
     """
     layers: dict[int, list[SourceTensor]] = {}
@@ -41,7 +41,7 @@ def expert_scores(
             found = table.mopeq.get(layer)
         else:
             found = _damage(own, table, sensitivity, type_of)
-            if sensitivity not in PRICES_ERRORS:
+            if sensitivity in RANKS_EXPERTS:
                 found = _quotient(found, _damage(own, table, WEIGHT_MSE, type_of))
         n_expert = own[0].n_matrices
         if found is None or len(found) != n_expert or not np.isfinite(found).all():

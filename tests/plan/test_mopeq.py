@@ -29,7 +29,7 @@ from .synthetic import N_EXPERT, MemorySource, table, tensors
 from .test_per_expert import odd, of_bytes, types_of, wide, written_size
 
 DEFAULT = tuple(BY_NAME[name] for name in DEFAULT_TYPES)
-SCORES = ("fisher", "weight-mse", "mopeq", "frequency")
+SCORES = ("fisher", "weight-mse", "mopeq", "frequency", "hybrid")
 OPTIONS = PlanOptions("mopeq", DEFAULT, FLOORS, PER_EXPERT, MapOptions(PER_LAYER))
 # both layers have four experts
 S = {0: np.array([1.0, 9.0, 5.0, 1.0]), 1: np.array([100.0, 900.0, 500.0, 900.0])}
@@ -199,7 +199,8 @@ def test_the_scores_of_other_sensitivities() -> None:
     tokens = np.array([7.0, 0.5, 7.0, 40.0]) / 64
     for stack in stacks:
         errors = made.errors[stack.name]
-        errors.damage["frequency"][:] = errors.damage["weight-mse"] * tokens
+        for ranking in ("frequency", "hybrid"):
+            errors.damage[ranking][:] = errors.damage["weight-mse"] * tokens
     kinds = {"gate": "Q3_K", "up": "Q3_K", "down": "IQ4_NL"}
     found = expert_scores(stacks, made, "fisher", lambda stack: BY_NAME[kinds[stack.projection or ""]])
     for layer in (0, 1):
@@ -208,10 +209,11 @@ def test_the_scores_of_other_sensitivities() -> None:
             errors = made.errors[f"blk.{layer}.ffn_{projection}_exps.weight"]
             expected += errors.damage["fisher"][errors.types.index(kind)]
         np.testing.assert_allclose(found[layer], expected, rtol=1e-15)
-    found = expert_scores(stacks, made, "frequency", lambda stack: BY_NAME[kinds[stack.projection or ""]])
-    for layer in (0, 1):
-        # to the last digit, so that as many tokens are a tie
-        assert found[layer].tolist() == tokens.tolist()
+    for ranking in ("frequency", "hybrid"):
+        found = expert_scores(stacks, made, ranking, lambda stack: BY_NAME[kinds[stack.projection or ""]])
+        for layer in (0, 1):
+            # to the last digit, so that as many tokens are a tie
+            assert found[layer].tolist() == tokens.tolist()
     plan = make_plan(source, made, source.kvs, None, replace(OPTIONS, sensitivity="frequency"))
     assert experts(plan, "blk.1.ffn_up_exps.weight") == ["Q3_K", "Q2_K", "Q3_K", "Q4_K"]
 
