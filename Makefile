@@ -18,7 +18,7 @@ $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet cmake ninja
-	CMAKE_ARGS=-DLLAMA_BUILD=OFF $(BIN)/pip install --quiet --no-cache-dir -e '.[calibrate,dev]'
+	CMAKE_ARGS=-DLLAMA_BUILD=OFF $(BIN)/pip install --quiet --no-cache-dir -e '.[calibrate,pictures,dev]'
 	touch $(READY)
 
 runtime: $(READY)

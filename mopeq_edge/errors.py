@@ -32,5 +32,9 @@ class RuntimeMissingError(MopeqError):
     """llama.cpp libraries or tools that are not installed or do not work."""
 
 
+class ExtraMissingError(MopeqError):
+    """A package of an optional extra that is not installed."""
+
+
 class PatchError(MopeqError):
     """A llama.cpp source tree that our patch does not fit, or a patch that cannot be read."""

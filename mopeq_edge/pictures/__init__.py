@@ -1,0 +1,1 @@
+"""Pictures of plans and files; drawing needs matplotlib, the extra ``pictures``."""
