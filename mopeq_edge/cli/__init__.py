@@ -21,6 +21,7 @@ COMMANDS: Mapping[str, tuple[str, str, str]] = {
     "emit": ("mopeq_edge.cli.stages", "emit", "Write the GGUF of a plan."),
     "evaluate": ("mopeq_edge.cli.evaluate", "evaluate", "KLD and PPL of a GGUF against its source."),
     "map": ("mopeq_edge.cli.map", "map_command", "A picture of every expert's type."),
+    "study": ("mopeq_edge.cli.study", "study", "Plans and controls of equal bytes, measured."),
     "run": ("mopeq_edge.cli.run", "run", "Run a GGUF in llama-cli."),
     "serve": ("mopeq_edge.cli.run", "serve", "Serve a GGUF with llama-server."),
     "validate": ("mopeq_edge.cli.validate", "validate", "Whether a GGUF is sound, and what runs it."),

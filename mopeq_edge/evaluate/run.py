@@ -27,7 +27,8 @@ _READ_BYTES = 1 << 22
 class Evaluation:
     """One target against one source: what was measured, and how.
 
-    ``library`` is the llama.cpp that computed both, ``target_bytes`` the size of all the target's files.
+    ``library`` is the llama.cpp that computed both, ``target_bytes`` the size of all the target's files, and
+    ``kld_by_window`` [n_windows] the mean KLD of each window in nats.
     """
 
     target_name: str
@@ -40,6 +41,7 @@ class Evaluation:
     positions: Positions
     library: str
     divergence: Divergence
+    kld_by_window: tuple[float, ...]
 
     def as_dict(self) -> dict[str, object]:
         """Plain values with units in the names, sorted; the same input gives the same dictionary."""
@@ -166,6 +168,7 @@ def evaluate(
         positions=positions,
         library=library_version(),
         divergence=summarise(scores),
+        kld_by_window=tuple(float(window.kld.mean()) for window in scores),
     )
 
 

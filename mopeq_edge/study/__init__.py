@@ -1,0 +1,1 @@
+"""Grids of plans with controls, and single experts, measured against what was predicted."""

@@ -1,0 +1,87 @@
+"""What all cases of a study share: a calibrated model, its damages, and its logits on held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+from mopeq_edge.artifacts import digest
+from mopeq_edge.evaluate.chunks import Positions
+from mopeq_edge.evaluate.reference import ReferenceLogits
+from mopeq_edge.evaluate.run import make_reference
+from mopeq_edge.ggml.types import GgmlType
+from mopeq_edge.gguf_file import KV
+from mopeq_edge.output_kvs import IMATRIX_NAME, Provenance, output_kvs
+from mopeq_edge.pipeline import (
+    Calibrated,
+    CalibrationRequest,
+    Context,
+    run_calibrate,
+    run_sensitivity,
+    source_gguf,
+)
+from mopeq_edge.plan.per_expert import is_stack
+from mopeq_edge.sensitivity.table import SensitivityTable
+from mopeq_edge.source.model import SourceTensor
+
+POSITIONS: Positions = "all"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """``types`` are the candidates of every plan."""
+
+    context: Context
+    calibrated: Calibrated
+    table: SensitivityTable
+    types: tuple[GgmlType, ...]
+    reference: ReferenceLogits
+
+    @cached_property
+    def kvs(self) -> Mapping[str, KV]:
+        """Key-values of the size that a finished file's have."""
+        imatrix = self.calibrated.statistics.imatrix(self.table.quantized_with)
+        return output_kvs(self.context.source.kvs, 0, imatrix, IMATRIX_NAME, Provenance())
+
+    @cached_property
+    def stacks(self) -> tuple[SourceTensor, ...]:
+        """The stacks of experts, in writing order."""
+        return tuple(t for t in self.context.source.tensors if is_stack(t) and t.quantizable)
+
+    @cached_property
+    def made_from(self) -> str:
+        """Hash of source, calibration, evaluation text, windows and llama.cpp: all but the plan."""
+        return digest(
+            [
+                *("study 1", self.context.source_sha256, self.calibrated.made_from, self.table.quantized_with),
+                *(asdict(self.reference.key), POSITIONS),
+            ]
+        )
+
+
+def prepare(
+    context: Context,
+    calibration: CalibrationRequest,
+    types: tuple[GgmlType, ...],
+    text: Path,
+    *,
+    n_ctx: int,
+    n_windows: int,
+) -> Setup:
+    """Run the stages that the work directory lacks, and the source on ``n_windows`` windows of ``text``."""
+    calibrated = run_calibrate(context, calibration)
+    table = run_sensitivity(context, calibrated, types, calibrated.statistics.richest, None)
+    reference = make_reference(
+        source_gguf(context),
+        text,
+        context.work.path,
+        n_ctx=n_ctx,
+        n_chunks=n_windows,
+        positions=POSITIONS,
+        n_threads=context.threads,
+        source_sha256=context.source_sha256,
+        progress=context.progress,
+    )
+    return Setup(context, calibrated, table, types, reference)
