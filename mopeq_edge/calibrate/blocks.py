@@ -6,7 +6,7 @@ its turn and loses them afterwards. The experts are ours, so that each one can b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 from mopeq_edge.calibrate.experts import ExpertWeights, RoutedExperts, Tap
 from mopeq_edge.errors import CalibrationError
+from mopeq_edge.ggml.types import BF16, F16, GgmlType
 from mopeq_edge.source.huggingface import HuggingFaceSource
 from mopeq_edge.source.model import read_rows
+
+_STORED: Mapping[GgmlType, torch.dtype] = {BF16: torch.bfloat16, F16: torch.float16}
 
 Change = Callable[[str, Tensor], None]
 """Changes a stack of experts [n_expert, n_out, n_in], given its GGUF name, in place."""
@@ -120,7 +123,9 @@ class BlockModel:
         stacks = {}
         for projection in ("gate", "up", "down"):
             tensor = self._by_name[f"blk.{layer}.ffn_{projection}_exps.weight"]
-            stack = torch.empty(tensor.n_matrices, tensor.n_out, tensor.n_in)
+            # the checkpoint's type holds the same numbers in half the memory; what is changed needs more digits
+            dtype = _STORED.get(tensor.type, torch.float32) if change is None else torch.float32
+            stack = torch.empty(tensor.n_matrices, tensor.n_out, tensor.n_in, dtype=dtype)
             for expert in range(tensor.n_matrices):
                 stack[expert] = torch.from_numpy(self.source.read(tensor, expert))
             if change is not None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mopeq_edge.calibrate.blocks import BlockModel
 from mopeq_edge.calibrate.directions import Chooser, Direction, HeldRouting, Slopes
-from mopeq_edge.calibrate.passes import Windows, backward_window, each_window, forward_window
+from mopeq_edge.calibrate.passes import Windows, backward_window, each_window, forward_window, token_parts
 from mopeq_edge.calibrate.states import HiddenStates
 from mopeq_edge.calibrate.statistics import Doubles
 from mopeq_edge.progress import Step
@@ -138,11 +138,12 @@ def loss_gradient(run: Run) -> float:
             h = run.states.get(run.top, window).requires_grad_()
             x = norm(h).reshape(-1, run.model.n_embd)
             # the last token of a window predicts nothing that is known
-            log_p = torch.log_softmax(x.detach()[:-1] @ matrix.T, dim=-1)
             labels = torch.from_numpy(run.windows[window, 1:]).long()[:, None]
-            loss = -float(log_p.gather(1, labels).sum(dtype=torch.float64))
-            g = torch.zeros_like(x)
-            g[:-1] = _minus_label(log_p.exp_(), labels) @ matrix / run.n_predicted
+            loss, g = 0.0, torch.zeros_like(x)
+            for part in token_parts(len(labels), run.model.n_vocab):
+                log_p = torch.log_softmax(x.detach()[part] @ matrix.T, dim=-1)
+                loss -= float(log_p.gather(1, labels[part]).sum(dtype=torch.float64))
+                g[part] = _minus_label(log_p.exp_(), labels[part]) @ matrix / run.n_predicted
             (upstream,) = torch.autograd.grad(x, h, g)
             run.states.put(run.top, window, upstream)
             return loss

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -79,7 +79,10 @@ class Tap:
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """One layer's experts: gate, up [n_expert, n_ff, n_embd], down [n_expert, n_embd, n_ff], float32."""
+    """One layer's experts: gate, up [n_expert, n_ff, n_embd], down [n_expert, n_embd, n_ff].
+
+    In float32, or in the checkpoint's smaller type: then each expert becomes float32 only while it computes.
+    """
 
     layer: int
     gate: Tensor
@@ -108,10 +111,10 @@ class RoutedExperts(nn.Module):
             if not len(token):
                 continue
             x = hidden_states[token]
-            gate = nn.functional.linear(x, w.gate[expert])
-            up = nn.functional.linear(x, w.up[expert])
+            gate = _linear(x, w.gate[expert])
+            up = _linear(x, w.up[expert])
             inner = self.activation(gate) * up
-            down = nn.functional.linear(inner, w.down[expert])
+            down = _linear(inner, w.down[expert])
             if recorder is not None:
                 for projection, into, out in (("gate", x, gate), ("up", x, up), ("down", inner, down)):
                     name = f"blk.{w.layer}.ffn_{projection}_exps.weight"
@@ -119,3 +122,23 @@ class RoutedExperts(nn.Module):
                     recorder.watch_output(name, into, out, expert, n_expert)
             output = output.index_add(0, token, down * top_k_weights[token, slot, None])
         return output
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T with W in any type: the graph keeps W as it is, where torch's own would keep a float32 copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return nn.functional.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        (g,) = upstream
+        return g @ weight.to(g.dtype), None
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    y: Tensor = _Linear.apply(x, weight)  # type: ignore[no-untyped-call]
+    return y

@@ -27,6 +27,9 @@ Windows = npt.NDArray[np.int32]
 Positions = dict[str, Any]
 T = TypeVar("T")
 
+LOGITS_AT_ONCE = 2**22
+"""Logits that one thread holds: those of a window of a large vocabulary would need more memory than a block."""
+
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
@@ -108,9 +111,13 @@ def output_sums(
             flat = x.reshape(-1, x.shape[-1])
             recorder.saw_input(name, flat)
             if seed is not None:
-                g = _sampled_gradient(flat.detach() @ matrix.T, seed + window)
-                recorder.saw_gradient(name, flat, g)
-                (upstream,) = torch.autograd.grad(flat, h, g @ matrix)
+                generator = torch.Generator().manual_seed(seed + window)
+                below = torch.empty_like(flat)
+                for part in token_parts(flat.shape[0], model.n_vocab):
+                    g = _sampled_gradient(flat.detach()[part] @ matrix.T, generator)
+                    recorder.saw_gradient(name, flat[part], g)
+                    below[part] = g @ matrix
+                (upstream,) = torch.autograd.grad(flat, h, below)
                 states.put(slot, window, upstream)
             return recorder
 
@@ -196,12 +203,17 @@ def backward_window(
     states.put(upstream, window, g)
 
 
-def _sampled_gradient(logits: Tensor, seed: int) -> Tensor:
+def token_parts(n_tokens: int, n_vocab: int) -> Iterator[slice]:
+    """Stretches of a window whose logits have at most :data:`LOGITS_AT_ONCE` numbers, one token at least."""
+    size = max(1, LOGITS_AT_ONCE // n_vocab)
+    return (slice(start, min(start + size, n_tokens)) for start in range(0, n_tokens, size))
+
+
+def _sampled_gradient(logits: Tensor, generator: torch.Generator) -> Tensor:
     """d log p(y) / d logits with y ~ p for each token: [n_tokens, n_vocab]."""
     p = torch.softmax(logits, dim=-1)
-    generator = torch.Generator().manual_seed(seed)
     labels = torch.multinomial(p, 1, generator=generator)
-    return torch.zeros_like(p).scatter_(1, labels, 1.0) - p
+    return p.neg_().scatter_add_(1, labels, torch.ones_like(labels, dtype=p.dtype))
 
 
 def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -100,3 +100,24 @@ def test_nothing_is_recorded_without_a_recorder_or_without_gradients() -> None:
     torch.testing.assert_close(ours(x, index, weight), plain, rtol=0, atol=0)
     assert recorder.activation.values
     assert recorder.gradient.values == {}
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_weights_in_the_checkpoint_s_type_are_the_same_numbers(stored: torch.dtype) -> None:
+    x, index, weight = routed(torch.float32)
+    upstream = drawn(N_TOKENS, N_EMBD, seed=5, dtype=torch.float32)
+    small = ExpertWeights(
+        3,
+        drawn(N_EXPERT, N_FF, N_EMBD, seed=1, dtype=torch.float32).to(stored),
+        drawn(N_EXPERT, N_FF, N_EMBD, seed=2, dtype=torch.float32).to(stored),
+        drawn(N_EXPERT, N_EMBD, N_FF, seed=3, dtype=torch.float32).to(stored),
+    )
+    wide = ExpertWeights(3, small.gate.float(), small.up.float(), small.down.float())
+    results = []
+    for weights in (small, wide):
+        into = x.clone().requires_grad_()
+        output = RoutedExperts(weights, torch.nn.functional.silu, Tap())(into, index, weight)
+        results.append((output, *torch.autograd.grad(output, into, upstream)))
+    for ours, expected in zip(*results, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0)

@@ -162,9 +162,9 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         labels: dict[int, Tensor] = {}
         drawn = passes._sampled_gradient
 
-        def noting(logits: Tensor, seed: int) -> Tensor:
-            g = drawn(logits, seed)
-            labels[seed] = g.argmax(-1)  # the only place where 1 - p is positive
+        def noting(logits: Tensor, generator: torch.Generator) -> Tensor:
+            g = drawn(logits, generator)
+            labels[generator.initial_seed()] = g.argmax(-1)  # the only place where 1 - p is positive
             return g
 
         patch.setattr(passes, "_sampled_gradient", noting)
@@ -265,6 +265,18 @@ def test_threads_change_no_bit(case: Case, tmp_path: Path, threads: int) -> None
     assert_same(run(case.source, case.windows, tmp_path, threads=threads), case.statistics)
 
 
+def test_a_few_logits_at_a_time_are_the_same(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [(p.start, p.stop) for p in passes.token_parts(7, passes.LOGITS_AT_ONCE // 3)] == [(0, 3), (3, 6), (6, 7)]
+    monkeypatch.setattr(passes, "LOGITS_AT_ONCE", 5 * 4100)
+    parts = run(case.source, case.windows, tmp_path).gradient
+    assert parts is not None
+    # the labels are the same: with others the sums of a few windows would differ at once
+    expected = {**case.whole.gradient, "token_embd.weight": case.whole.embedding_gradient[None]}
+    for name, entry in parts.entries.items():
+        np.testing.assert_allclose(entry.sums.astype(np.float64) * parts.scale, expected[name], rtol=1e-4, err_msg=name)
+    assert parts.entries["output.weight"].counts == N_WINDOWS * N_CTX
+
+
 def test_the_seed_draws_other_labels(case: Case, tmp_path: Path) -> None:
     other = run(case.source, case.windows, tmp_path, seed=4)
     assert case.statistics.gradient is not None
@@ -328,14 +340,14 @@ def test_a_full_disk_is_one_line_before_anything_is_computed(
 
 def test_labels_follow_the_model_s_distribution() -> None:
     p = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    g = passes._sampled_gradient(p.log().repeat(20000, 1), seed=1)
+    g = passes._sampled_gradient(p.log().repeat(20000, 1), torch.Generator().manual_seed(1))
     labels = g.argmax(-1)
     torch.testing.assert_close(g, torch.nn.functional.one_hot(labels, 4) - p)
     frequency = np.bincount(labels.numpy(), minlength=4) / 20000
     np.testing.assert_allclose(frequency, p, atol=4 * 0.5 / 20000**0.5)
 
     def again(seed: int) -> Tensor:
-        return passes._sampled_gradient(p.log().repeat(50, 1), seed)
+        return passes._sampled_gradient(p.log().repeat(50, 1), torch.Generator().manual_seed(seed))
 
     assert torch.equal(again(1), again(1))
     assert not torch.equal(again(1), again(2))

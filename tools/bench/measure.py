@@ -10,20 +10,25 @@ from typing import Any
 
 # The kernel counts the memory of the process that starts a program too, so a small one does.
 _STARTER = """
-import os, subprocess, sys, time
+import os, resource, subprocess, sys, time
+limit = int(sys.argv[1])
+if limit:
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 start = time.perf_counter()
-process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+process = subprocess.Popen(sys.argv[2:], stdout=subprocess.DEVNULL)
 _, status, usage = os.wait4(process.pid, 0)
 print(status, time.perf_counter() - start, usage.ru_maxrss / 1024)
 """
 
 
-def run(command: list[str]) -> tuple[float, float]:
-    """(wall seconds, peak resident MiB) of ``command``."""
-    starter = [sys.executable, "-I", "-S", "-c", _STARTER, *command]
-    status, seconds, peak = subprocess.run(starter, check=True, capture_output=True, text=True).stdout.split()
+def run(command: list[str], data_limit: int = 0) -> tuple[float, float]:
+    """(wall seconds, peak resident MiB) of ``command``, which may allocate ``data_limit`` bytes (0: any number)."""
+    starter = [sys.executable, "-I", "-S", "-c", _STARTER, str(data_limit), *command]
+    done = subprocess.run(starter, check=True, capture_output=True, text=True)
+    status, seconds, peak = done.stdout.split()
     if status != "0":
-        raise SystemExit(f"{command[0]}: failed with status {status}")
+        said = done.stderr.strip().splitlines()
+        raise SystemExit(f"{command[0]}: failed with status {status}: {said[-1] if said else 'said nothing'}")
     return float(seconds), float(peak)
 
 
