@@ -10,12 +10,14 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from mopeq_edge.artifacts import file_digest
 from mopeq_edge.evaluate.run import evaluate
 from mopeq_edge.gguf_file import read_header
 from mopeq_edge.pipeline import run_emit
 from mopeq_edge.progress import SilentProgress
-from mopeq_edge.sensitivity.scores import FISHER
+from mopeq_edge.sensitivity.scores import FISHER, Doubles
 from mopeq_edge.study.cases import Case
 from mopeq_edge.study.fixed import predicted
 from mopeq_edge.study.presets import write_preset
@@ -102,6 +104,13 @@ def predicted_total(setup: Setup, case: Case, score: str) -> float | None:
     if case.plan is None or score not in setup.table.scores:
         return None
     return math.fsum(predicted(setup.context.source.tensors, case.plan.type_of(), setup.table, score).values())
+
+
+def predicted_totals(setup: Setup, cases: Sequence[Case]) -> dict[str, Doubles]:
+    """The same of several cases with plans [n_cases], by every score of the table."""
+    return {
+        score: np.array([predicted_total(setup, case, score) or 0.0 for case in cases]) for score in setup.table.scores
+    }
 
 
 def _expert_bpw(path: Path) -> float:

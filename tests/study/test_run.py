@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mopeq_edge.expert_groups.read import read_groups
+from mopeq_edge.gguf_file import read_header
 from mopeq_edge.progress import SilentProgress
 from mopeq_edge.study import run
 from mopeq_edge.study.cases import Case
@@ -123,3 +125,36 @@ def test_a_killed_study_goes_on(model: Path, tmp_path: Path) -> None:
                 for label in ("knapsack-fisher", "random-1", "random-2", "inverse")
             }
             assert len(sizes) == 1
+
+
+@pytest.mark.runtime
+@pytest.mark.parametrize("unit", ["expert", "projection"])
+def test_ground_truth_quantizes_one_unit_at_a_time(model: Path, tmp_path: Path, unit: str) -> None:
+    command = arguments(model, tmp_path, "--ground-truth", unit, "--type", "Q2_K", "--keep", "--json")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    experts = {name: set[int]() for name in ("gate", "up", "down")}
+    files = sorted((tmp_path / "study").iterdir())
+    assert len(files) == (N_EXPERT if unit == "expert" else 3)
+    for path in files:
+        header = read_header(path)
+        changed = [t for t in header.tensors if t.type.name == "Q2_K"]
+        stacks = {stack.name: stack for stack in read_groups(header)}
+        if unit == "projection":
+            assert [t.name for t in changed] == [f"blk.0.ffn_{path.stem.split('-')[-1]}_exps.weight"]
+            continue
+        expert = int(path.stem.split("-")[-1])
+        assert len(changed) == 3
+        for projection, seen in experts.items():
+            small = stacks[f"blk.0.ffn_{projection}_exps.weight"].groups[0]
+            assert (small.type.name, small.experts) == ("Q2_K", (expert,))
+            seen.add(expert)
+    if unit == "expert":
+        assert all(seen == set(range(N_EXPERT)) for seen in experts.values())
+    found = {(one["score"], one["scope"]): one["n"] for one in json.loads(done.stdout)}
+    assert found["fisher", "all"] == len(files)
+    assert (("mopeq alone", "layer 0") in found) == (unit == "expert")
+    measured = list(csv.DictReader((tmp_path / "ground-truth.csv").open()))
+    assert all(float(row["kld_mean"]) > 0 for row in measured)
+    # what the table predicts for the tensors that the file has
+    assert all(float(row["predicted_own"]) > 0 for row in measured)
