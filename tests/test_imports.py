@@ -58,7 +58,8 @@ def test_the_core_does_not_know_the_converters() -> None:
 
 def test_frameworks_stay_where_models_run() -> None:
     inside = ("mopeq_edge/", "converters/", "runtime_tests/", "tools/")
-    assert breaches({"torch", "transformers"}, inside, ("mopeq_edge/calibrate/", "converters/")) == []
+    models_run_in = ("mopeq_edge/calibrate/", "converters/", "tools/train_moe.py")
+    assert breaches({"torch", "transformers"}, inside, models_run_in) == []
 
 
 def test_something_was_looked_at() -> None:
