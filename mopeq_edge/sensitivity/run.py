@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +12,7 @@ from mopeq_edge.ggml.library import Ggml
 from mopeq_edge.ggml.types import GgmlType
 from mopeq_edge.plan.candidates import candidates
 from mopeq_edge.progress import Progress
-from mopeq_edge.sensitivity.measure import measure_tensor, total_matrices
+from mopeq_edge.sensitivity.measure import ROWS_AT_ONCE, measure_tensor, total_matrices
 from mopeq_edge.sensitivity.pricing import Statistics, pricings
 from mopeq_edge.sensitivity.scores import Doubles, mopeq_score
 from mopeq_edge.sensitivity.table import SensitivityTable
@@ -80,7 +81,12 @@ def _norms(
     """|W|_F [n_matrices] of every tensor; also the first full look at the weights."""
 
     def norm(tensor: SourceTensor, matrix: int) -> float:
-        return float(np.sqrt(np.square(source.read(tensor, matrix), dtype=np.float64).sum()))
+        # a whole vocabulary in float64 would be larger than a block
+        at_once, total = max(1, ROWS_AT_ONCE // tensor.n_in), 0.0
+        for start in range(0, tensor.n_out, at_once):
+            rows = source.read(tensor, matrix, slice(start, start + at_once))
+            total += float(np.square(rows, dtype=np.float64).sum())
+        return math.sqrt(total)
 
     result: dict[str, Doubles] = {}
     with progress.step("norms", total_matrices(tensors)) as step:
