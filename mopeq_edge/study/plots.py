@@ -20,6 +20,8 @@ FORMATS = ("png", "svg")
 METADATA: Mapping[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
 STYLE: Mapping[str, Any] = {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "mopeq-edge", "savefig.dpi": 120}
 COLUMNS = 4
+DECADE = 10
+"""Span above which an axis is logarithmic."""
 
 
 def require_matplotlib() -> None:
@@ -72,7 +74,10 @@ def prediction_picture(
         for panel, (score, values) in zip(panels, predicted.items(), strict=False):
             panel.scatter(values, measured, s=10)
             panel.set(title=f"{score}: rho {rank_correlation(values, measured):.2f}", xlabel="predicted")
-            panel.set(xscale="log" if min(values) > 0 else "linear", yscale="log" if min(measured) > 0 else "linear")
+            wide = min(values) > 0 and DECADE * min(values) < max(values)
+            panel.set_xscale("log" if wide else "linear")
+            # an expert that the text never reaches hurts nothing and stands at the lower edge
+            panel.set_yscale("log", nonpositive="clip")
         for panel in panels[len(predicted) :]:
             panel.set_visible(False)
         figure.suptitle(f"measured mean KLD (nats) of {what}")
