@@ -51,9 +51,10 @@ def kld_picture(rows: Sequence[Row], picture_format: str) -> bytes:
             series.setdefault(name, []).append(row)
         for number, (name, own) in enumerate(series.items()):
             own = sorted(own, key=lambda row: row.file_bytes)
-            style = "-" if own[0].kind == PLAN else ""
+            style = "-" if own[0].kind == PLAN else "none"
             marker = "osv^<>DpP*Xhd"[number // 10 % 13] if own[0].kind == PLAN else "x+1234"[number % 6]
-            panel.plot([r.file_bytes / 1e6 for r in own], [r.kld_mean for r in own], style, marker=marker, label=name)
+            x, y = [r.file_bytes / 1e6 for r in own], [r.kld_mean for r in own]
+            panel.plot(x, y, linestyle=style, marker=marker, label=name)
         panel.set(xlabel="file, MB (1e6 bytes)", ylabel="mean KLD, nats per token", yscale="log")
         panel.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
         return _bytes(figure, picture_format)

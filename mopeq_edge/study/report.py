@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mopeq_edge.plan.artifact import KNAPSACK
 from mopeq_edge.sensitivity.scores import WEIGHT_MSE
 from mopeq_edge.study.bootstrap import Estimate, mean_estimate, rank_estimate
 from mopeq_edge.study.cases import PLAN, Case
@@ -100,7 +101,7 @@ def label(row: Row) -> str:
     """What a case is, for people."""
     if row.case.split("-")[1:2] == ["preset"]:
         return f"llama-quantize {row.case.split('-', 2)[2]}"
-    if row.kind == PLAN and row.sensitivity == WEIGHT_MSE:
+    if (row.planner, row.sensitivity) == (KNAPSACK, WEIGHT_MSE) and row.kind == PLAN:
         return f"{row.planner} (weight error only)"
     return row.planner
 
