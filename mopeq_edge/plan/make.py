@@ -138,12 +138,7 @@ def _allowed(source: Source, table: SensitivityTable, options: PlanOptions) -> d
     for tensor in source.tensors:
         if not tensor.quantizable:
             continue
-        errors = table.errors.get(tensor.name)
-        if errors is None or options.sensitivity not in errors.damage:
-            raise PlanError(
-                f"tensor '{tensor.name}': the sensitivity table has no '{options.sensitivity}' damage for it; "
-                "run sensitivity again on this source"
-            )
+        errors = table.require(tensor.name, options.sensitivity)
         # what was measured decides which types an imatrix allowed
         measured = [BY_NAME[name] for name in errors.types if name in asked_for]
         types = candidates(tensor, measured, has_imatrix=True, floors=options.floors)

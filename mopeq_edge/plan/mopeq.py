@@ -173,12 +173,7 @@ def _measured(
     for tensor in source.tensors:
         if not tensor.quantizable:
             continue
-        errors = table.errors.get(tensor.name)
-        if errors is None or options.sensitivity not in errors.damage:
-            raise PlanError(
-                f"tensor '{tensor.name}': the sensitivity table has no '{options.sensitivity}' damage for it; "
-                "run sensitivity again on this source"
-            )
+        errors = table.require(tensor.name, options.sensitivity)
         found[tensor.name] = [BY_NAME[name] for name in errors.types if name in wanted]
         for kind in asked.types if _in_map(tensor) else asked.types[-1:]:
             # an imatrix has an entry for every stack, and perhaps none for others

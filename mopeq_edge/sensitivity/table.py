@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mopeq_edge.array_file import read_arrays, write_arrays
+from mopeq_edge.errors import PlanError
 from mopeq_edge.sensitivity.measure import TensorErrors
 from mopeq_edge.sensitivity.scores import Doubles
 
@@ -32,6 +33,16 @@ class SensitivityTable:
     unrouted: tuple[str, ...]
     sample_rows: int | None
     made_from: str
+
+    def require(self, name: str, score: str) -> TensorErrors:
+        """Errors of the tensor ``name``. Raises :class:`PlanError` if it has no damage by ``score``."""
+        errors = self.errors.get(name)
+        if errors is None or score not in errors.damage:
+            raise PlanError(
+                f"tensor '{name}': the sensitivity table has no '{score}' damage for it; "
+                "run sensitivity again on this source"
+            )
+        return errors
 
     def relative_error(self, score: str) -> float:
         """Largest sampling standard error of a tensor's damage (all its experts), relative to the damage."""
