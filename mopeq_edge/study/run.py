@@ -49,6 +49,9 @@ def _run(setup: Setup, case: Case, made_from: str, keep: bool) -> Row:
     folder = setup.context.work.file("study")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{case.name}.gguf"
+    # of a study that was killed while it wrote this file
+    for unfinished in folder.glob(f".{path.name}.*.tmp"):
+        unfinished.unlink()
     start = time.monotonic()
     try:
         _write(setup, case, path)
