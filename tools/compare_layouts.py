@@ -19,25 +19,26 @@ from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.candidates import FLOORS
 from mopeq_edge.plan.options import PlanOptions
 from mopeq_edge.source.roles import Role
-from tools.measured import Measured, comparison_options, measured
+from mopeq_edge.study.setup import Setup
+from tools.measured import comparison_options, measured, numbers
 
 BUDGETS_GB = (0.0066, 0.0070, 0.0075, 0.0080, 0.0085, 0.0092)
 """The bundled model's experts have 2.7 to 4.1 bits per weight in these."""
 
 
-def compare(model: Measured, budgets: tuple[float, ...]) -> list[dict[str, Any]]:
+def compare(model: Setup, budgets: tuple[float, ...]) -> list[dict[str, Any]]:
     """One row a budget in GB: bytes, bits per weight of the experts, predicted and measured KLD in both layouts."""
     rows = []
     for budget in budgets:
         row: dict[str, Any] = {"budget_gb": budget}
         for layout in (STOCK, PER_EXPERT):
             options = PlanOptions("fisher", model.types, FLOORS, layout)
-            plan = run_plan(model.context, model.table, model.statistics, Budget(gb=budget), options)
+            plan = run_plan(model.context, model.table, model.calibrated.statistics, Budget(gb=budget), options)
             path = model.context.work.file(f"{layout}-{budget}.gguf")
-            run_emit(model.context, plan, model.statistics, path)
+            run_emit(model.context, plan, model.calibrated.statistics, path)
             experts = [t for t in plan.tensors if t.role == Role.EXPERT.value]
             bpw = 8 * sum(t.nbytes for t in experts) / sum(math.prod(t.shape) for t in experts)
-            row[layout] = {"expert_bpw": bpw, "predicted_kld_nats": plan.damage, **model.numbers(path)}
+            row[layout] = {"expert_bpw": bpw, "predicted_kld_nats": plan.damage, **numbers(model, path)}
         rows.append(row)
     return rows
 

@@ -18,13 +18,14 @@ from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.candidates import FLOORS
 from mopeq_edge.plan.options import PlanOptions
 from mopeq_edge.runtime.tools import run_tool
+from mopeq_edge.study.setup import Setup
 from mopeq_edge.units import GB
-from tools.measured import Measured, comparison_options, measured
+from tools.measured import comparison_options, measured, numbers
 
 PRESETS = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M")
 
 
-def compare(model: Measured, presets: tuple[str, ...]) -> list[dict[str, Any]]:
+def compare(model: Setup, presets: tuple[str, ...]) -> list[dict[str, Any]]:
     """One row a preset: bytes and what was measured, of theirs by imatrix and of ours."""
     work, source = model.context.work, str(source_gguf(model.context))
     rows = []
@@ -33,15 +34,15 @@ def compare(model: Measured, presets: tuple[str, ...]) -> list[dict[str, Any]]:
         for kind in (ACTIVATION, GRADIENT):
             path = work.file(f"preset-{preset}-{kind}.gguf")
             run_tool("llama-quantize", ["--imatrix", str(work.file(imatrix_file(kind))), source, str(path), preset])
-            theirs[kind] = model.numbers(path)
-        budget = Budget(gb=min(numbers["bytes"] for numbers in theirs.values()) / GB)
+            theirs[kind] = numbers(model, path)
+        budget = Budget(gb=min(found["bytes"] for found in theirs.values()) / GB)
         options = PlanOptions("fisher", model.types, FLOORS)
-        plan = run_plan(model.context, model.table, model.statistics, budget, options)
+        plan = run_plan(model.context, model.table, model.calibrated.statistics, budget, options)
         ours: dict[str, Any] = {}
         for kind in (ACTIVATION, GRADIENT):
             path = work.file(f"ours-{preset}-{kind}.gguf")
-            run_emit(model.context, plan, model.statistics, path, kind)
-            ours[kind] = model.numbers(path)
+            run_emit(model.context, plan, model.calibrated.statistics, path, kind)
+            ours[kind] = numbers(model, path)
         rows.append({"preset": preset, "llama_quantize": theirs, "mopeq_edge": ours, "predicted_kld": plan.damage})
     return rows
 

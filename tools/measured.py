@@ -3,75 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from mopeq_edge.evaluate.chunks import read_text
-from mopeq_edge.evaluate.reference import ReferenceLogits
-from mopeq_edge.evaluate.run import evaluate, make_reference
-from mopeq_edge.ggml.types import GgmlType
-from mopeq_edge.imatrix import GRADIENT
-from mopeq_edge.pipeline import (
-    CalibrationRequest,
-    Context,
-    run_calibrate,
-    run_sensitivity,
-    source_gguf,
-)
+from mopeq_edge.evaluate.run import evaluate
+from mopeq_edge.pipeline import CalibrationRequest, Context
 from mopeq_edge.plan.candidates import parse_types
-from mopeq_edge.sensitivity.pricing import Statistics
-from mopeq_edge.sensitivity.table import SensitivityTable
+from mopeq_edge.study.setup import POSITIONS, Setup, prepare
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A model with its statistics, damages, and logits on 60 windows of 256 held-out tokens, all positions."""
-
-    context: Context
-    statistics: Statistics
-    table: SensitivityTable
-    types: tuple[GgmlType, ...]
-    reference: ReferenceLogits
-
-    def numbers(self, path: Path) -> dict[str, float]:
-        """Bytes of ``path`` and its divergence from the model; KLD in nats."""
-        context = self.context
-        found = evaluate(path, self.reference, positions="all", n_threads=context.threads, progress=context.progress)
-        d = found.divergence
-        return {
-            "bytes": found.target_bytes,
-            "kld_mean_nats": d.kld_mean,
-            "kld_p99_9_nats": d.kld_p99_9,
-            "ppl": d.ppl_target,
-            "same_top_fraction": d.same_top,
-        }
-
-
-def measured(context: Context, text: Path | None, evaluation_text: Path | None, types: str) -> Measured:
-    """Calibrate on ``text`` and measure errors, as far as the work directory does not have them yet.
+def measured(context: Context, text: Path | None, evaluation_text: Path | None, types: str) -> Setup:
+    """Calibrate on ``text`` and run the source on 60 windows of 256 tokens of ``evaluation_text``.
 
     The texts default to calibration.txt and evaluation.txt in the model's directory.
     """
-    candidates = parse_types(types)
     words = read_text(text or context.source.path / "calibration.txt")
-    calibrated = run_calibrate(context, CalibrationRequest(text=words, dataset="calibration.txt", chunks=128))
-    table = run_sensitivity(context, calibrated, candidates, GRADIENT, None)
-    reference = make_reference(
-        source_gguf(context),
-        evaluation_text or context.source.path / "evaluation.txt",
-        context.work.path,
-        n_ctx=256,
-        n_chunks=60,
-        positions="all",
-        source_sha256=context.source_sha256,
-        progress=context.progress,
-    )
-    return Measured(context, calibrated.statistics, table, candidates, reference)
+    calibration = CalibrationRequest(text=words, dataset="calibration.txt", chunks=128)
+    held_out = evaluation_text or context.source.path / "evaluation.txt"
+    return prepare(context, calibration, parse_types(types), held_out, n_ctx=256, n_windows=60)
+
+
+def numbers(model: Setup, path: Path) -> dict[str, float]:
+    """Bytes of ``path`` and its divergence from the model; KLD in nats."""
+    context = model.context
+    found = evaluate(path, model.reference, positions=POSITIONS, n_threads=context.threads, progress=context.progress)
+    d = found.divergence
+    return {
+        "bytes": found.target_bytes,
+        "kld_mean_nats": d.kld_mean,
+        "kld_p99_9_nats": d.kld_p99_9,
+        "ppl": d.ppl_target,
+        "same_top_fraction": d.same_top,
+    }
 
 
 def comparison_options(command: F) -> F:
