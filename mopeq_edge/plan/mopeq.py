@@ -6,25 +6,24 @@ just fits. Everything that is no expert gets the type of 4 bit, or what its floo
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mopeq_edge.artifacts import digest
 from mopeq_edge.errors import PlanError
 from mopeq_edge.expert_groups.layout import Grouping, file_layout, groups_of
 from mopeq_edge.ggml.types import BY_NAME, NEEDS_IMATRIX, GgmlType
-from mopeq_edge.gguf_file import KV, pad
+from mopeq_edge.gguf_file import KV
 from mopeq_edge.plan.artifact import MOPEQ, PER_EXPERT, Plan, PrecisionMap
 from mopeq_edge.plan.budget import Budget, source_header_bytes
 from mopeq_edge.plan.candidates import candidates
 from mopeq_edge.plan.expert_scores import expert_scores
 from mopeq_edge.plan.file_bytes import FileBytes
+from mopeq_edge.plan.fixed import fixed_plan
 from mopeq_edge.plan.options import MapOptions, PlanOptions
-from mopeq_edge.plan.per_expert import is_stack, planned_tensor
+from mopeq_edge.plan.per_expert import is_stack
 from mopeq_edge.plan.precision_map import N_CLASSES, Expert, classes_of, steps
-from mopeq_edge.sensitivity.scores import UNITS
 from mopeq_edge.sensitivity.table import SensitivityTable
 from mopeq_edge.source.model import Source, SourceTensor
 from mopeq_edge.units import format_bytes
@@ -207,23 +206,13 @@ def _plan(
     limit: int | None,
     possible: tuple[int, int],
 ) -> Plan:
-    place = file_layout(kvs, source.tensors, types)
-    nbytes = {info.name: pad(info.nbytes, place.alignment) for info in place.tensors}
-    damages = {t.name: _damage(t, types[t.name], table, options.sensitivity) for t in source.tensors}
-    assert limit is None or place.file_size <= limit, "the last map that fits"
-    return Plan(
+    plan = fixed_plan(source, table, kvs, types, planner=MOPEQ, sensitivity=options.sensitivity, budget_bytes=limit)
+    assert limit is None or plan.file_bytes <= limit, "the last map that fits"
+    return replace(
+        plan,
         layout=PER_EXPERT,
-        planner=MOPEQ,
-        sensitivity=options.sensitivity,
-        unit=UNITS[options.sensitivity],
-        budget_bytes=limit,
-        file_bytes=place.file_size,
-        header_bytes=len(place.header),
         smallest_bytes=possible[0],
         largest_bytes=possible[1],
-        damage=math.fsum(damages.values()),
-        gap=None,
-        quantized_with=table.quantized_with,
         types=tuple(kind.name for kind in options.types),
         made_from=digest(
             [
@@ -231,16 +220,5 @@ def _plan(
                 *(MOPEQ, record.scope, list(record.types)),
             ]
         ),
-        tensors=tuple(planned_tensor(t, types[t.name], nbytes, damages[t.name]) for t in source.tensors),
         precision_map=record,
     )
-
-
-def _damage(tensor: SourceTensor, kind: GgmlType | Grouping, table: SensitivityTable, sensitivity: str) -> float:
-    if not tensor.quantizable:
-        return 0.0
-    errors = table.errors[tensor.name]
-    damage = errors.damage[sensitivity]
-    if isinstance(kind, GgmlType):
-        return math.fsum(damage[errors.types.index(kind.name)])
-    return math.fsum(damage[errors.types.index(group.type.name), e] for group in kind for e in group.experts)

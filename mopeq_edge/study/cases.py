@@ -11,6 +11,7 @@ from mopeq_edge.pipeline import plan_only
 from mopeq_edge.plan.artifact import KNAPSACK, LAYOUTS, MOPEQ, STOCK, Plan
 from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.candidates import FLOORS
+from mopeq_edge.plan.fixed import fixed_plan
 from mopeq_edge.plan.options import MapOptions, PlanOptions
 from mopeq_edge.study.controls import (
     CONTROLS,
@@ -25,7 +26,7 @@ from mopeq_edge.study.controls import (
     summed_scores,
     uniform_map,
 )
-from mopeq_edge.study.fixed import ExpertTypes, expert_types, fixed_plan, with_experts
+from mopeq_edge.study.expert_types import ExpertTypes, expert_types, with_experts
 from mopeq_edge.study.presets import nearest_below, preset_sizes
 from mopeq_edge.study.setup import Setup
 

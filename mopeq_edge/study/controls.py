@@ -22,7 +22,7 @@ from mopeq_edge.plan.solve import Group, solve
 from mopeq_edge.sensitivity.scores import Doubles
 from mopeq_edge.sensitivity.table import SensitivityTable
 from mopeq_edge.source.model import Source, SourceTensor
-from mopeq_edge.study.fixed import ExpertTypes, expert_types
+from mopeq_edge.study.expert_types import ExpertTypes, expert_types
 
 RANDOM, INVERSE, UNIFORM, PRESETS, HAND = "random", "inverse", "uniform", "presets", "hand"
 CONTROLS: Mapping[str, str] = {

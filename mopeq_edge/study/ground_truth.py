@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from mopeq_edge.errors import PlanError
-from mopeq_edge.expert_groups.layout import groups_of
+from mopeq_edge.expert_groups.layout import Types, groups_of
 from mopeq_edge.ggml.types import GgmlType
 from mopeq_edge.plan.expert_scores import expert_scores
+from mopeq_edge.plan.fixed import fixed_plan
 from mopeq_edge.sensitivity.scores import FREQUENCY, HYBRID, MOPEQ, Doubles
 from mopeq_edge.source.model import SourceTensor
 from mopeq_edge.study.bootstrap import Estimate, mean_rank_estimate, rank_estimate
 from mopeq_edge.study.cases import Case
-from mopeq_edge.study.fixed import Types, fixed_plan
 from mopeq_edge.study.rows import Row
 from mopeq_edge.study.setup import Setup
 

@@ -16,10 +16,10 @@ from mopeq_edge.artifacts import file_digest
 from mopeq_edge.evaluate.run import evaluate
 from mopeq_edge.gguf_file import read_header
 from mopeq_edge.pipeline import run_emit
+from mopeq_edge.plan.fixed import predicted
 from mopeq_edge.progress import SilentProgress
 from mopeq_edge.sensitivity.scores import FISHER, Doubles
 from mopeq_edge.study.cases import Case
-from mopeq_edge.study.fixed import predicted
 from mopeq_edge.study.presets import write_preset
 from mopeq_edge.study.rows import Row, RowFile
 from mopeq_edge.study.setup import POSITIONS, Setup

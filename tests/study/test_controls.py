@@ -14,12 +14,13 @@ from mopeq_edge.ggml.types import BY_NAME
 from mopeq_edge.plan.artifact import PER_EXPERT, STOCK, Plan
 from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.candidates import FLOORS, parse_types
+from mopeq_edge.plan.fixed import fixed_plan, predicted
 from mopeq_edge.plan.make import make_plan
 from mopeq_edge.plan.options import PlanOptions
 from mopeq_edge.plan.per_expert import is_stack
 from mopeq_edge.source.model import SourceTensor
 from mopeq_edge.study.controls import hand_map, inverse_map, random_map, summed_scores, uniform_map
-from mopeq_edge.study.fixed import ExpertTypes, expert_types, fixed_plan, predicted, with_experts
+from mopeq_edge.study.expert_types import ExpertTypes, expert_types, with_experts
 
 from ..plan.synthetic import KVS, MemorySource, table, tensors
 

@@ -1,12 +1,12 @@
-"""Plans whose types are given and not chosen, and what any score predicts of a plan."""
+"""Plans whose types are given and not chosen here, and what any score predicts of them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from mopeq_edge.artifacts import digest
-from mopeq_edge.expert_groups.layout import Grouping, file_layout, groups_of
+from mopeq_edge.expert_groups.layout import Types, file_layout
 from mopeq_edge.ggml.types import GgmlType
 from mopeq_edge.gguf_file import KV, pad
 from mopeq_edge.plan.artifact import PER_EXPERT, STOCK, Plan
@@ -14,30 +14,6 @@ from mopeq_edge.plan.per_expert import planned_tensor
 from mopeq_edge.sensitivity.scores import UNITS
 from mopeq_edge.sensitivity.table import SensitivityTable
 from mopeq_edge.source.model import Source, SourceTensor
-
-ExpertTypes = Mapping[str, Sequence[GgmlType]]
-"""The type of every expert [n_expert], by stack."""
-
-Types = Mapping[str, GgmlType | Grouping]
-
-
-def expert_types(plan: Plan, stacks: Iterable[SourceTensor]) -> dict[str, list[GgmlType]]:
-    """The type that ``plan`` gives each expert of each of ``stacks``."""
-    written = plan.type_of()
-    found: dict[str, list[GgmlType]] = {}
-    for stack in stacks:
-        kind = written[stack.name]
-        if isinstance(kind, GgmlType):
-            found[stack.name] = [kind] * stack.n_matrices
-        else:
-            of_expert = {expert: group.type for group in kind for expert in group.experts}
-            found[stack.name] = [of_expert[expert] for expert in range(stack.n_matrices)]
-    return found
-
-
-def with_experts(plan: Plan, experts: ExpertTypes) -> Types:
-    """The types of ``plan`` with those of ``experts`` in place of its own."""
-    return {**plan.type_of(), **{name: groups_of(kinds) for name, kinds in experts.items()}}
 
 
 def predicted(tensors: Iterable[SourceTensor], types: Types, table: SensitivityTable, score: str) -> dict[str, float]:
