@@ -3,10 +3,14 @@
 One module a family; this table is the only place that knows them all.
 """
 
+from converters.deepseek_ocr import DEEPSEEK_OCR
+from converters.mixtral import MIXTRAL
 from converters.olmoe import OLMOE
 from mopeq_edge.source.converter import Converter
 
 CONVERTERS: dict[str, Converter] = {
+    "DeepseekOCRForCausalLM": DEEPSEEK_OCR,
+    "MixtralForCausalLM": MIXTRAL,
     "OlmoeForCausalLM": OLMOE,
 }
 """Converters by the first name in ``architectures`` of a checkpoint's ``config.json``."""

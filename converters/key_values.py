@@ -62,9 +62,16 @@ def need_number(config: Config, key: str) -> int:
     return value
 
 
-def start_writer(directory: Path, architecture: str, tensors: Sequence[SourceTensor]) -> Any:
-    """A ``gguf.GGUFWriter`` with what describes the model: architecture, type, name, size, licence, authors."""
+def start_writer(
+    directory: Path, architecture: str, tensors: Sequence[SourceTensor], chat_template: str | None = None
+) -> Any:
+    """A ``gguf.GGUFWriter`` with what describes the model: architecture, type, name, size, licence, authors.
+
+    ``chat_template`` is for a family whose checkpoints have none.
+    """
     writer = gguf.GGUFWriter(path=None, arch=architecture)
+    if chat_template is not None:
+        writer.add_chat_template(chat_template)
     for tensor in tensors:
         # Only for the number of parameters in the model's size label
         writer.add_tensor_info(tensor.name, tuple(reversed(tensor.shape)), np.dtype(np.float32), tensor.n_weights * 4)
@@ -85,15 +92,22 @@ def start_writer(directory: Path, architecture: str, tensors: Sequence[SourceTen
     return writer
 
 
-def add_text_parameters(writer: Any, config: Config, file_type: int) -> None:
-    """Sizes, rope, norms and experts of a decoder, then ``file_type``."""
+def add_text_parameters(writer: Any, config: Config, file_type: int, extras: Sequence[tuple[str, Any]] = ()) -> None:
+    """Sizes, rope, norms and experts of a decoder, then ``file_type`` and the family's own ``extras``.
+
+    An extra is a method of the writer and its argument.
+    """
     _add_numbers(writer, config, _SIZES)
     _add_rope(writer, config)
     _add_numbers(writer, config, _AFTER_ROPE)
+    if (scoring := config.get("scoring_func")) is not None:
+        writer.add_expert_gating_func(_gating_function(scoring))
     if (head_dim := config.get("head_dim")) is not None:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
     writer.add_file_type(file_type)
+    for method, value in extras:
+        getattr(writer, method)(value)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
@@ -114,6 +128,12 @@ def as_kvs(writer: Any) -> dict[str, KV]:
                 "use the files of these weights"
             ) from None
     return kvs
+
+
+def _gating_function(name: object) -> Any:
+    if name not in ("softmax", "sigmoid"):
+        raise SourceError(f"config.json has scoring_func {name!r}, expected softmax or sigmoid; not supported yet")
+    return gguf.ExpertGatingFuncType[str(name).upper()]
 
 
 def _add_numbers(writer: Any, config: Config, table: Sequence[tuple[tuple[str, ...], str]]) -> None:

@@ -25,6 +25,11 @@ Floats = npt.NDArray[np.float32]
 ACTIVATION = "activation"
 GRADIENT = "gradient"
 
+EMBEDDING = "token_embd.weight"
+LOOKUP = "token_embd.lookup"
+"""Entry of a gradient-weighted imatrix for an embedding that is the output matrix too (tied): what its look-ups are
+worth. The entry under the tensor's own name is then that of the output matrix, as in llama-imatrix."""
+
 PRIOR_COUNT = 1.0
 """Tokens that the prior of a never-routed expert counts for."""
 

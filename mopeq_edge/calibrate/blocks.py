@@ -31,16 +31,10 @@ class BlockModel:
     """The forward parts of a checkpoint: embedding rows, blocks, final norm and output matrix."""
 
     def __init__(self, source: HuggingFaceSource) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         self.source = source
         self.tap = Tap()
-        config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
-        config._attn_implementation = "sdpa"
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        base = getattr(model, model.base_model_prefix)
-        self._prefix = model.base_model_prefix
+        config, base = _build(source)
+        self._prefix = source.skeleton.prefix
         self._layers: nn.ModuleList = base.layers
         self._norm: nn.Module = base.norm
         # built outside the meta device: its frequencies are computed, not loaded
@@ -62,10 +56,14 @@ class BlockModel:
         rows = read_rows(self.source, table, 0, ids)
         return torch.from_numpy(rows)[torch.from_numpy(inverse.reshape(-1))]
 
+    @property
+    def output_name(self) -> str:
+        """GGUF name of the output matrix: the embedding's when the two are tied."""
+        return "output.weight" if "output.weight" in self._by_name else "token_embd.weight"
+
     def output_matrix(self) -> Tensor:
-        """The output matrix [n_vocab, n_embd]; the embedding itself when the two are tied."""
-        name = "output.weight" if "output.weight" in self._by_name else "token_embd.weight"
-        return torch.from_numpy(self.source.read(self._by_name[name]))
+        """The output matrix [n_vocab, n_embd]."""
+        return torch.from_numpy(self.source.read(self._by_name[self.output_name]))
 
     def positions(self, n_ctx: int) -> dict[str, Any]:
         """Rotary embeddings and position ids of a window, as the blocks take them."""
@@ -80,36 +78,46 @@ class BlockModel:
         ``change`` may alter the experts' weights, of this call only.
         """
         block: Any = self._layers[layer]
-        original = block.mlp.experts
-        block.mlp.experts = RoutedExperts(self._experts(layer, change), original.act_fn, self.tap)
+        # a dense layer has none
+        original = getattr(block.mlp, "experts", None)
+        if original is not None:
+            block.mlp.experts = RoutedExperts(self._experts(layer, change), original.act_fn, self.tap)
         hooks = []
         try:
-            prefix = f"{self._prefix}.layers.{layer}."
+            prefix = f"{self._prefix}layers.{layer}."
             self._load(block, prefix)
             for name, module in block.named_modules():
-                gguf_name = self._gguf_name.get(f"{prefix}{name}.weight")
+                gguf_name = self._gguf_name.get(prefix + self._stored_name(f"{name}.weight"))
                 if gguf_name is not None and len(self._by_name[gguf_name].shape) == 2:
                     hooks.append(module.register_forward_hook(self._watcher(gguf_name)))
             yield block
         finally:
             for hook in hooks:
                 hook.remove()
-            block.mlp.experts = original
+            if original is not None:
+                block.mlp.experts = original
             block.to("meta")
 
     @contextmanager
     def final_norm(self) -> Iterator[nn.Module]:
         """The norm before the output matrix, with its weights."""
-        self._load(self._norm, f"{self._prefix}.norm.")
+        self._load(self._norm, f"{self._prefix}norm.")
         try:
             yield self._norm
         finally:
             self._norm.to("meta")
 
     def _load(self, module: nn.Module, prefix: str) -> None:
-        state = {name: self._read(prefix + name) for name, _ in module.named_parameters()}
+        state = {name: self._read(prefix + self._stored_name(name)) for name, _ in module.named_parameters()}
         module.load_state_dict(state, strict=True, assign=True)
         module.requires_grad_(False)
+
+    def _stored_name(self, name: str) -> str:
+        """What the checkpoint calls the parameter ``name`` of a block."""
+        for ours, theirs in self.source.skeleton.renamed.items():
+            if name.startswith(ours):
+                return theirs + name.removeprefix(ours)
+        return name
 
     def _read(self, name: str) -> Tensor:
         if name not in self.source.checkpoint.names:
@@ -145,3 +153,17 @@ class BlockModel:
                 recorder.watch_output(name, x, output)
 
         return saw
+
+
+def _build(source: HuggingFaceSource) -> tuple[Any, Any]:
+    """transformers' configuration and decoder for the checkpoint, without weights."""
+    with torch.device("meta"):
+        if source.skeleton.base is not None:
+            config, base = source.skeleton.base(source.path, source.config)
+            return config, base.eval()
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+        config._attn_implementation = "sdpa"
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        return config, getattr(model, model.base_model_prefix)

@@ -94,12 +94,12 @@ def output_sums(
     threads: int,
     progress: Progress,
 ) -> tuple[Sums, Sums]:
-    """Through the final norm to the logits. Returns activation and gradient sums of ``output.weight``.
+    """Through the final norm to the logits. Returns activation and gradient sums of the output matrix.
 
     With ``seed`` the labels are drawn from the model's own distribution and slot ``slot`` becomes the
     gradient of the log-likelihood at the final norm's input; without it only activations are summed.
     """
-    name = "output.weight"
+    name = model.output_name
     matrix = model.output_matrix()
     activation, gradient = Sums(), Sums()
     with progress.step("calibrate: output", n_windows) as step, model.final_norm() as norm:

@@ -14,7 +14,7 @@ from mopeq_edge.calibrate.passes import backward, forward, one_torch_thread, out
 from mopeq_edge.calibrate.states import HiddenStates
 from mopeq_edge.calibrate.statistics import Doubles, Routing, Sums
 from mopeq_edge.calibrate.tokens import token_windows
-from mopeq_edge.imatrix import GRADIENT, Imatrix
+from mopeq_edge.imatrix import EMBEDDING, GRADIENT, LOOKUP, Imatrix
 from mopeq_edge.progress import Progress
 from mopeq_edge.sensitivity.pricing import Statistics
 from mopeq_edge.source.huggingface import HuggingFaceSource
@@ -77,7 +77,8 @@ def calibrate(
             if fisher:
                 gradients, embedding = backward(model, windows, states, threads=threads, progress=progress)
                 gradients.merge(out_gradient)
-                gradients.add("token_embd.weight", 1, 0, embedding, windows.size)
+                tied = model.output_name == EMBEDDING
+                gradients.add(LOOKUP if tied else EMBEDDING, 1, 0, embedding, windows.size)
                 gradient = _gradient_imatrix(gradients, sums, dataset, windows.shape)
     finally:
         states.close()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mopeq_edge.calibrate.statistics import Routing
 from mopeq_edge.calibrate.traces import Traces
 from mopeq_edge.errors import CalibrationError
-from mopeq_edge.imatrix import ACTIVATION, GRADIENT, PRIOR_COUNT, Imatrix
+from mopeq_edge.imatrix import ACTIVATION, GRADIENT, LOOKUP, PRIOR_COUNT, Imatrix
 from mopeq_edge.sensitivity.scores import (
     FISHER,
     FREQUENCY,
@@ -91,7 +91,9 @@ def pricings(tensor: SourceTensor, statistics: Statistics, mopeq: Sequence[float
     routing = statistics.routing
     if routing is None or statistics.activation is None:
         return made
-    rows = _row_weights(tensor, routing)
+    # an embedding that llama-imatrix has an entry for is the output matrix too, which every token multiplies
+    tied = tensor.role is Role.EMBEDDING and tensor.name in statistics.activation.entries
+    rows = None if tied else _row_weights(tensor, routing)
     frequency = _frequency(tensor, routing)
     made[FREQUENCY] = [Pricing(f, rows=rows) for f in frequency]
     # a matrix that is no expert is its own layer of one: factor 1
@@ -99,13 +101,26 @@ def pricings(tensor: SourceTensor, statistics: Statistics, mopeq: Sequence[float
     made[IMATRIX] = _priced(tensor, statistics.activation, 1.0 / routing.n_tokens, rows)
     if statistics.gradient is not None:
         scale = statistics.gradient.scale / (2.0 * routing.n_tokens)
-        # an embedding row is one output, so its gradient is not spread over n_out rows
-        factor = scale if tensor.role is Role.EMBEDDING else scale / tensor.n_out
-        made[FISHER] = _priced(tensor, statistics.gradient, factor, rows)
+        made[FISHER] = _fisher(
+            tensor, statistics.gradient, scale, rows, _row_weights(tensor, routing) if tied else None
+        )
         if statistics.traces is not None:
             of_experts = statistics.traces.mean_diagonal.get(tensor.name)
             made[TRACE] = made[FISHER] if of_experts is None else [Pricing(0.5 * float(h)) for h in of_experts]
     return made
+
+
+def _fisher(
+    tensor: SourceTensor, gradient: Imatrix, scale: float, rows: Doubles | None, lookups: Doubles | None
+) -> list[Pricing]:
+    """``lookups`` [n_out]: shares of the tokens, for an embedding that is the output matrix too."""
+    if lookups is None:
+        # an embedding row is one output, so its gradient is not spread over n_out rows
+        factor = scale if tensor.role is Role.EMBEDDING else scale / tensor.n_out
+        return _priced(tensor, gradient, factor, rows)
+    entry = gradient.entries.get(LOOKUP)
+    also = None if entry is None else Pricing(scale, columns=entry.sums[0].astype(np.float64), rows=lookups)
+    return [replace(one, also=also) for one in _priced(tensor, gradient, scale / tensor.n_out, None)]
 
 
 def _priced(tensor: SourceTensor, imatrix: Imatrix, factor: float, rows: Doubles | None) -> list[Pricing]:

@@ -67,12 +67,13 @@ class Pricing:
     """How one score prices the squared errors of one matrix [n_out, n_in].
 
     damage = factor * sum_ij rows_i columns_j D_ij^2, with ``columns`` [n_in] and ``rows`` [n_out] (None:
-    all ones).
+    all ones), and that of ``also``: a matrix with two uses is priced for both.
     """
 
     factor: float
     columns: Doubles | None = None
     rows: Doubles | None = None
+    also: Pricing | None = None
 
     def row_damage(self, squared: npt.NDArray[np.float32], rows: npt.NDArray[np.int64]) -> Doubles:
         """Damage of each row of ``squared`` = D^2 [n_rows, n_in], which are the matrix's ``rows``."""
@@ -81,7 +82,8 @@ class Pricing:
         damage: Doubles = weighted.sum(axis=1, dtype=np.float64)
         if self.rows is not None:
             damage *= self.rows[rows]
-        return damage * self.factor
+        damage *= self.factor
+        return damage if self.also is None else damage + self.also.row_damage(squared, rows)
 
 
 def mopeq_score(norms: Mapping[str, float], n_weights: Mapping[str, int]) -> float:

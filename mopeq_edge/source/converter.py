@@ -7,7 +7,7 @@ imports; the CLI and the pipeline hand the right one in.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,15 @@ class Part:
     """Where one matrix comes from in the checkpoint: a tensor, or a piece of one.
 
     ``expert`` picks along the first axis of a packed tensor [n_expert, …]; ``rows`` then picks along the
-    first axis of what is left (the gate half of a packed gate_up).
+    first axis of what is left (the gate half of a packed gate_up). ``heads`` is set for a q or k whose rows
+    llama.cpp's rope wants in another order: of each of so many heads, row i of the first half and row i of the
+    second half in turn.
     """
 
     tensor: str
     expert: int | None = None
     rows: tuple[int, int] | None = None
+    heads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,21 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class Skeleton:
+    """transformers' modules of a family, for calibration.
+
+    ``base(directory, config)`` builds configuration and decoder (with ``layers``, ``norm`` and ``rotary_emb``) on the
+    meta device, so without weights; None leaves both to transformers' own tables. ``prefix`` stands before the
+    decoder's tensors in the checkpoint; ``renamed`` are beginnings of names inside a block that differ: the module's,
+    then the checkpoint's.
+    """
+
+    base: Callable[[Path, Config], tuple[Any, Any]] | None = None
+    prefix: str = "model."
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Converter:
     """How one family of checkpoints becomes a GGUF.
 
@@ -57,3 +75,4 @@ class Converter:
     architecture: str
     recipes: Callable[[Config, Mapping[str, tuple[int, ...]]], list[Recipe]]
     key_values: Callable[[Path, Config, Sequence[SourceTensor], int, str | None], dict[str, KV]]
+    skeleton: Skeleton = Skeleton()

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from mopeq_edge.errors import FormatError, SourceError
 from mopeq_edge.ggml.types import BF16, F16, F32, GgmlType
 from mopeq_edge.gguf_file import KV
@@ -41,6 +44,7 @@ class HuggingFaceSource:
     def __init__(self, directory: Path, converter: Converter, pre: str | None = None) -> None:
         self.path = directory
         self.architecture = converter.architecture
+        self.skeleton = converter.skeleton
         self.config: Mapping[str, Any] = read_config(directory)
         self.checkpoint = Checkpoint(directory)
         try:
@@ -59,14 +63,23 @@ class HuggingFaceSource:
         self.kvs: Mapping[str, KV] = converter.key_values(directory, self.config, self.tensors, self._file_type(), pre)
 
     def read(self, tensor: SourceTensor, matrix: int = 0, rows: slice | None = None) -> Floats:
-        name, start, stop = self._piece(tensor, matrix, rows)
-        return require_finite(self.checkpoint.read_rows(name, start, stop), self.path, tensor, matrix)
+        raw, dtype = self._read_raw(tensor, matrix, rows)
+        return require_finite(as_f32(dtype, raw), self.path, tensor, matrix)
 
     def read_stored(self, tensor: SourceTensor, matrix: int = 0, rows: slice | None = None) -> Bytes:
-        name, start, stop = self._piece(tensor, matrix, rows)
-        raw, dtype = self.checkpoint.read_stored(name, start, stop), self.checkpoint.dtype(name)
+        raw, dtype = self._read_raw(tensor, matrix, rows)
         values = require_finite(as_f32(dtype, raw), self.path, tensor, matrix)
         return raw if STORED_AS[dtype] is tensor.type and dtype != "F64" else values.astype("<f4").view("u1")
+
+    def _read_raw(self, tensor: SourceTensor, matrix: int, rows: slice | None) -> tuple[Bytes, str]:
+        """Bytes [n_rows, row bytes] as the checkpoint has them, in the GGUF's order of rows, and their type."""
+        name, start, stop = self._piece(tensor, matrix, rows)
+        part = self.hf_tensor_of[tensor.name].parts[matrix]
+        if part.heads is None:
+            return self.checkpoint.read_stored(name, start, stop), self.checkpoint.dtype(name)
+        first, n_rows = self._rows_of(part)
+        whole = self.checkpoint.read_stored(name, first, first + n_rows)
+        return whole[interleaved_halves(n_rows, part.heads)[start - first : stop - first]], self.checkpoint.dtype(name)
 
     def _piece(self, tensor: SourceTensor, matrix: int, rows: slice | None) -> tuple[str, int, int]:
         """(checkpoint tensor, first row, last row + 1); rows over all axes but the last."""
@@ -136,6 +149,11 @@ class HuggingFaceSource:
         parts = {part.tensor for recipe in self.hf_tensor_of.values() for part in recipe.parts}
         doubles = [name for name in parts if self.checkpoint.dtype(name) == "F64"]
         return [f"{self.path}: {len(doubles)} tensors are stored as F64 and read as F32"] if doubles else []
+
+
+def interleaved_halves(n_rows: int, heads: int) -> npt.NDArray[np.int64]:
+    """[n_rows]: of each head, row i of the first half and row i of the second half in turn."""
+    return np.arange(n_rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
 
 
 def open_huggingface(directory: Path, converters: Mapping[str, Converter], pre: str | None = None) -> HuggingFaceSource:

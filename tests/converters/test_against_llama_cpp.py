@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from mopeq_edge.runtime.locate import require_runtime
 from mopeq_edge.source.open import open_source
 
 from ..builders import build_olmoe, edit_json, write_gguf
+from .families import FAMILIES, logits
 
 pytestmark = pytest.mark.runtime
 
@@ -83,11 +85,12 @@ def full(directory: Path) -> None:
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
-MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
+MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "tiny-olmoe": (bundled, "bf16"),
     "sharded-MoE-v2": (sharded_bf16, "bf16"),
     "half": (half, "f16"),
     "full": (full, "f32"),
+    **{name: (partial(build, dtype="bfloat16"), "bf16") for name, (build, _) in FAMILIES.items()},
 }
 
 
@@ -139,6 +142,23 @@ def test_same_logits_as_transformers(tmp_path: Path, packed: bool, evaluation_te
         expected = model(torch.tensor([tokens])).logits[0].numpy()
     with LlamaModel(tmp_path / "model.gguf", n_threads=1, plain=True) as llama:
         assert llama.tokenize(evaluation_text[:600])[:128].tolist() == tokens
+        got = llama.logits(tokens)
+    assert expected.std() > 0.5
+    assert np.abs(got - expected).max() < 1e-4 * expected.std()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_same_logits_as_transformers_for_every_family(tmp_path: Path, name: str, evaluation_text: str) -> None:
+    from transformers import AutoTokenizer
+
+    from mopeq_edge.binding import LlamaModel
+
+    build, open_model = FAMILIES[name]
+    directory = build(tmp_path / "model", "float32")
+    write_gguf(open_source(directory, CONVERTERS, pre="gpt-2"), tmp_path / "model.gguf")
+    tokens = AutoTokenizer.from_pretrained(directory).encode(evaluation_text[:600])[:128]
+    expected = logits(open_model(directory), tokens)
+    with LlamaModel(tmp_path / "model.gguf", n_threads=1, plain=True) as llama:
         got = llama.logits(tokens)
     assert expected.std() > 0.5
     assert np.abs(got - expected).max() < 1e-4 * expected.std()

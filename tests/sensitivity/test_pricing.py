@@ -9,7 +9,7 @@ from mopeq_edge.calibrate.statistics import Routing
 from mopeq_edge.calibrate.traces import Traces
 from mopeq_edge.errors import CalibrationError
 from mopeq_edge.ggml.types import BF16
-from mopeq_edge.imatrix import GRADIENT, Entry, Imatrix
+from mopeq_edge.imatrix import GRADIENT, LOOKUP, Entry, Imatrix
 from mopeq_edge.sensitivity.pricing import Statistics, pricings, require_scores
 from mopeq_edge.sensitivity.scores import Pricing
 from mopeq_edge.source.model import SourceTensor
@@ -49,6 +49,8 @@ def weights(pricing: Pricing, tensor: SourceTensor) -> list[list[float]]:
         found = found * pricing.columns
     if pricing.rows is not None:
         found = found * pricing.rows[:, None]
+    if pricing.also is not None:
+        found = found + np.array(weights(pricing.also, tensor))
     return found.tolist()
 
 
@@ -132,3 +134,22 @@ def test_a_score_without_its_statistics_says_what_to_do() -> None:
     for score in ("imatrix", "frequency", "hybrid"):
         with pytest.raises(CalibrationError, match=f"'{score}' needs an imatrix: run calibrate, or give --imatrix"):
             require_scores([score], Statistics())
+
+
+def test_an_embedding_that_is_the_output_matrix_is_priced_for_both() -> None:
+    activation = Imatrix({**ACTIVATION.entries, EMBEDDING.name: Entry(f32([4, 6]), f32(10))}, ("x",), 2, 5)
+    entries = {EMBEDDING.name: Entry(f32([7, 9]), f32(10)), LOOKUP: Entry(f32([11, 13]), f32(10))}
+    tied = Statistics(activation, Imatrix(entries, ("x",), 2, 5, GRADIENT, 0.5), ROUTING)
+    # every token multiplies all rows
+    np.testing.assert_allclose(prices(EMBEDDING, "imatrix", tied)[0], [[0.4, 0.6]] * 3)
+    np.testing.assert_allclose(prices(EMBEDDING, "frequency", tied)[0], [[1.0, 1.0]] * 3)
+    # 0.5 / (2 * 10) of the output's sums over 3 rows, and of a look-up's by the token's share
+    output = 0.025 / 3 * np.array([[7, 9]])
+    lookup = 0.025 * np.array([[0.6], [0.3], [0.1]]) * [[11, 13]]
+    np.testing.assert_allclose(prices(EMBEDDING, "fisher", tied)[0], output + lookup)
+
+
+def test_a_matrix_with_two_uses_costs_the_sum() -> None:
+    squared = np.array([[1, 4], [9, 16]], dtype=np.float32)
+    both = Pricing(2.0, columns=np.array([1.0, 3.0]), also=Pricing(10.0, rows=np.array([0.5, 2.0])))
+    np.testing.assert_allclose(both.row_damage(squared, np.arange(2)), [2 * 13 + 5 * 5, 2 * 57 + 20 * 25])

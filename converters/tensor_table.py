@@ -1,0 +1,174 @@
+"""Recipes from tables: what a family calls its tensors, where they go in a GGUF, and their shapes in names of sizes.
+
+A family says what it has in a :class:`Tables`; everything that can be missing, unknown or of another layout is found
+here, the same for all families.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from converters.key_values import need_number
+from mopeq_edge.errors import SourceError
+from mopeq_edge.source.converter import Config, Part, Recipe
+
+Shapes = Mapping[str, tuple[int, ...]]
+Sizes = Mapping[str, int]
+
+_DERIVED = ".rotary_emb.inv_freq"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of the checkpoint: its GGUF ``name``, its shape as ggml's ne in names of sizes.
+
+    ``f32``: llama.cpp wants it in F32. ``heads``: the size that counts the heads whose rotary halves llama.cpp
+    interleaves. ``optional``: not every checkpoint has it.
+    """
+
+    name: str
+    axes: tuple[str, ...]
+    f32: bool = False
+    heads: str = ""
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Where the routed experts of a layer are: matrix ``matrices[projection]`` of expert e is the checkpoint's
+    ``{prefix}.{e}.{matrix}.weight``, stacks are written in the order of ``matrices``.
+
+    With ``packed`` they may also be two tensors of all experts, ``{prefix}.gate_up_proj`` [n_expert, 2 ff, hidden]
+    (gate first) and ``{prefix}.down_proj`` [n_expert, hidden, ff].
+    """
+
+    prefix: str
+    matrices: Mapping[str, str]
+    packed: bool = False
+
+
+@dataclass(frozen=True)
+class Tables:
+    """A family of checkpoints. ``layer(number)`` are the tensors of a block, by their name behind ``model.layers.N.``;
+    ``sparse(number)`` whether it has routed experts. ``model`` are the tensors outside the blocks, by their whole name.
+
+    ``sizes`` needs ``hidden``, ``ff`` (of an expert) and ``expert``, and every name that an axis has.
+    """
+
+    family: str
+    model: Mapping[str, Row]
+    layer: Callable[[int], Mapping[str, Row]]
+    experts: Experts
+    sizes: Sizes
+    n_layer: int
+    sparse: Callable[[int], bool] = field(default=lambda _: True)
+    layers_prefix: str = "model.layers."
+
+
+_STACK_AXES: Mapping[str, tuple[str, ...]] = {
+    "down": ("ff", "hidden", "expert"),
+    "gate": ("hidden", "ff", "expert"),
+    "up": ("hidden", "ff", "expert"),
+}
+
+
+def recipes_of(tables: Tables, shapes: Shapes) -> list[Recipe]:
+    """Recipes in the order of ``shapes``; a layer's stacks stand where its last expert stood.
+
+    Raises :class:`SourceError` for a tensor that is missing or not known.
+    """
+    n_layer = tables.n_layer
+    check_count("num_hidden_layers", n_layer, shapes)
+    rows = {name: (row, "") for name, row in tables.model.items()}
+    for layer in range(n_layer):
+        prefix = f"{tables.layers_prefix}{layer}."
+        rows |= {prefix + name: (row, f"blk.{layer}.") for name, row in tables.layer(layer).items()}
+    parts = {layer: _expert_parts(tables, layer, shapes) for layer in range(n_layer) if tables.sparse(layer)}
+    waiting = {layer: {part.tensor for stack in stacks.values() for part in stack} for layer, stacks in parts.items()}
+    layer_of = {name: layer for layer, names in waiting.items() for name in names}
+    wanted = set(rows)
+    found: list[Recipe] = []
+    for name in shapes:
+        if name in wanted:
+            row, prefix = rows[name]
+            shape = tuple(tables.sizes[axis] for axis in row.axes)
+            heads = tables.sizes[row.heads] if row.heads else None
+            found.append(Recipe(prefix + row.name, shape, (Part(name, heads=heads),), row.f32))
+            wanted.remove(name)
+        elif name in layer_of:
+            layer = layer_of.pop(name)
+            waiting[layer].remove(name)
+            if not waiting[layer]:
+                found.extend(_stacks(tables, layer, parts[layer]))
+        elif not name.endswith(_DERIVED):
+            raise SourceError(f"tensor '{name}' is not known in {tables.family} of {n_layer} layers; update mopeq-edge")
+    missing = {name for name in wanted if not rows[name][0].optional}
+    for name in sorted(missing.union(*waiting.values())):
+        raise SourceError(f"tensor '{name}'{_whose(tables, name)} is missing; download the whole checkpoint again")
+    return found
+
+
+def check_only(config: Config, only: Mapping[str, object], computed_as: str) -> None:
+    """Refuse settings that llama.cpp's graph would compute in another way: a key must be absent or as in ``only``."""
+    for key, value in only.items():
+        if (found := config.get(key)) not in (None, value):
+            expected = "none" if value is None else value
+            raise SourceError(
+                f"config.json has {key} {found!r}, expected {expected}: llama.cpp computes {computed_as} without it, "
+                "so no GGUF of this checkpoint would be right"
+            )
+
+
+def sizes_of(config: Config, keys: Mapping[str, str]) -> dict[str, int]:
+    """Sizes by name from the keys of config.json that hold them."""
+    return {name: need_number(config, key) for name, key in keys.items()}
+
+
+def check_count(key: str, count: int, shapes: Shapes) -> None:
+    """An absurd number must not cost the memory of as many names."""
+    if count > max(len(shapes), 1000):
+        raise SourceError(f"config.json has {key} {count}, expected no more than there are tensors ({len(shapes)})")
+
+
+def _expert_parts(tables: Tables, layer: int, shapes: Shapes) -> dict[str, tuple[Part, ...]]:
+    """Where each expert's matrices of one layer are: packed if the packed tensors are there."""
+    sizes, experts = tables.sizes, tables.experts
+    n_expert, hidden, ff = sizes["expert"], sizes["hidden"], sizes["ff"]
+    prefix = f"{tables.layers_prefix}{layer}.{experts.prefix}"
+    gate_up, down = f"{prefix}.gate_up_proj", f"{prefix}.down_proj"
+    if not experts.packed or (gate_up not in shapes and down not in shapes):
+        check_count("num_experts", n_expert, shapes)
+        return {
+            which: tuple(Part(f"{prefix}.{e}.{matrix}.weight") for e in range(n_expert))
+            for which, matrix in experts.matrices.items()
+        }
+    for name, expected in ((gate_up, (n_expert, 2 * ff, hidden)), (down, (n_expert, hidden, ff))):
+        if shapes.get(name, expected) != expected:
+            raise SourceError(
+                f"tensor '{name}' has shape {list(shapes[name])}, but config.json asks for {list(expected)}; "
+                "use the config.json of these weights"
+            )
+    packed = {
+        "down": tuple(Part(down, e) for e in range(n_expert)),
+        "gate": tuple(Part(gate_up, e, (0, ff)) for e in range(n_expert)),
+        "up": tuple(Part(gate_up, e, (ff, 2 * ff)) for e in range(n_expert)),
+    }
+    return {which: packed[which] for which in experts.matrices}
+
+
+def _stacks(tables: Tables, layer: int, parts: Mapping[str, tuple[Part, ...]]) -> list[Recipe]:
+    return [
+        Recipe(f"blk.{layer}.ffn_{which}_exps.weight", tuple(tables.sizes[axis] for axis in _STACK_AXES[which]), own)
+        for which, own in parts.items()
+    ]
+
+
+def _whose(tables: Tables, name: str) -> str:
+    """The layer and expert of a tensor of the routed experts, for people."""
+    experts = tables.experts
+    match = re.match(rf"^{re.escape(tables.layers_prefix)}(\d+)\.{re.escape(experts.prefix)}\.(?:(\d+)\.)?", name)
+    if match is None:
+        return ""
+    return f" (layer {match[1]}, expert {match[2]})" if match[2] else f" (layer {match[1]}, all experts)"

@@ -1,0 +1,138 @@
+"""Every family through the streamed passes, against llama-imatrix and against transformers' whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from converters import CONVERTERS
+from mopeq_edge.calibrate import passes
+from mopeq_edge.calibrate.run import calibrate, calibrate_text
+from mopeq_edge.emit import emit
+from mopeq_edge.ggml.library import load_ggml
+from mopeq_edge.ggml.types import F32
+from mopeq_edge.imatrix import EMBEDDING, LOOKUP, read_imatrix
+from mopeq_edge.progress import SilentProgress
+from mopeq_edge.runtime.tools import run_tool
+from mopeq_edge.source.huggingface import HuggingFaceSource
+from mopeq_edge.source.open import open_source
+
+from ..converters.families import FAMILIES
+
+N_CTX, N_CHUNKS = 64, 6
+QUIET = SilentProgress()
+MODULES = {
+    **{
+        f"self_attn.{ours}_proj": f"attn_{theirs}"
+        for ours, theirs in zip("qkvo", ("q", "k", "v", "output"), strict=True)
+    },
+    **{f"mlp.{which}_proj": f"ffn_{which}" for which in ("gate", "up", "down")},
+    **{f"mlp.shared_experts.{which}_proj": f"ffn_{which}_shexp" for which in ("gate", "up", "down")},
+}
+"""Linear maps of a block, as transformers' modules and in GGUF; experts are compared in the tests of OLMoE."""
+
+
+def source_of(name: str, directory: Path) -> HuggingFaceSource:
+    build, _ = FAMILIES[name]
+    source = open_source(build(directory, "float32"), CONVERTERS, pre="gpt-2")
+    assert isinstance(source, HuggingFaceSource)
+    return source
+
+
+@pytest.mark.runtime
+@pytest.mark.parametrize("name", FAMILIES)
+def test_activations_are_those_of_llama_imatrix(name: str, tmp_path: Path, calibration_text: str) -> None:
+    source = source_of(name, tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text(calibration_text[:4000], encoding="utf-8", newline="")
+    gguf, out = tmp_path / "f32.gguf", tmp_path / "theirs.gguf"
+    emit(
+        source,
+        dict.fromkeys((t.name for t in source.tensors), F32),
+        source.kvs,
+        None,
+        load_ggml(),
+        gguf,
+        threads=1,
+        progress=QUIET,
+    )
+    options = ["-c", str(N_CTX), "--chunks", str(N_CHUNKS), "--no-ppl", "--process-output", "-t", "1"]
+    run_tool("llama-imatrix", ["-m", gguf, "-f", text, "-o", out, *options, "-ctk", "f32", "-ctv", "f32", "-fa", "off"])
+    theirs = read_imatrix(out)
+    ours = calibrate_text(
+        *(source, text.read_text(encoding="utf-8"), "text.txt"),
+        **{"n_ctx": N_CTX, "chunks": N_CHUNKS, "fisher": False, "seed": 1, "threads": 1},
+        scratch=tmp_path,
+        progress=QUIET,
+    ).activation
+    assert ours is not None
+    # llama-imatrix leaves out an output matrix that is the embedding
+    assert ours.entries.keys() - theirs.entries.keys() == ({EMBEDDING} if name == "mixtral-tied" else set())
+    assert theirs.entries.keys() <= ours.entries.keys()
+    for key, entry in theirs.entries.items():
+        np.testing.assert_array_equal(ours.entries[key].counts, entry.counts, err_msg=key)
+        want = entry.sums
+        np.testing.assert_allclose(ours.entries[key].sums, want, rtol=2e-4, atol=1e-6 * want.mean(), err_msg=key)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_are_those_of_the_whole_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sum_t |g_t|^2 x_tj^2 of every matrix that is no expert, by one backward pass in float64."""
+    source = source_of(name, tmp_path / "model")
+    windows = np.random.default_rng(0).integers(0, 4096, (3, 20)).astype(np.int32)
+    labels: dict[int, torch.Tensor] = {}
+    drawn = passes._sampled_gradient
+
+    def noting(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        g = drawn(logits, generator)
+        labels[generator.initial_seed()] = g.argmax(-1)
+        return g
+
+    monkeypatch.setattr(passes, "_sampled_gradient", noting)
+    options: dict[str, Any] = {"fisher": True, "seed": 3, "threads": 1, "scratch": tmp_path, "progress": QUIET}
+    statistics = calibrate(source, windows, "text", **options)
+    ours, activations = statistics.gradient, statistics.activation
+    assert ours is not None
+    assert activations is not None
+
+    model = FAMILIES[name][1](tmp_path / "model").to(torch.float64)
+    model.requires_grad_(False)
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for full, module in model.named_modules():
+        parts = full.split(".")
+        own = MODULES.get(".".join(parts[3:])) if parts[:2] == ["model", "layers"] else None
+        if own is not None or full == "lm_head":
+            key = f"blk.{parts[2]}.{own}.weight" if own else "output.weight"
+            module.register_forward_hook(lambda _m, x, y, key=key: seen.update({key: (x[0].detach(), y)}))
+    embedded: list[torch.Tensor] = []
+
+    def leaf(_m: object, _x: object, y: torch.Tensor) -> torch.Tensor:
+        embedded.append(y.detach().requires_grad_())
+        return embedded[0]
+
+    model.model.embed_tokens.register_forward_hook(leaf)
+    found = model(torch.from_numpy(windows).long())
+    logits = found if isinstance(found, torch.Tensor) else found.logits
+    chosen = torch.stack([labels[seed] for seed in sorted(labels)])
+    likelihood = torch.log_softmax(logits, -1).gather(-1, chosen.unsqueeze(-1)).sum()
+    *gradients, at_embedding = torch.autograd.grad(likelihood, [*(y for _, y in seen.values()), embedded[0]])
+    expected = {
+        key: (g.flatten(0, -2).square().sum(1) @ x.flatten(0, -2).square()).numpy()
+        for (key, (x, _)), g in zip(seen.items(), gradients, strict=True)
+    }
+    x2 = {key: x.flatten(0, -2).square().sum(0).numpy() for key, (x, _) in seen.items()}
+    lookups = at_embedding.square().flatten(0, 1).sum(0).numpy()
+    if name == "mixtral-tied":
+        expected |= {EMBEDDING: expected.pop("output.weight"), LOOKUP: lookups}
+        x2[EMBEDDING] = x2.pop("output.weight")
+    else:
+        expected[EMBEDDING] = lookups
+    assert {key for key in ours.entries if "_exps." not in key} == set(expected)
+    for key, want in expected.items():
+        np.testing.assert_allclose(ours.entries[key].sums[0] * ours.scale, want, rtol=2e-4, err_msg=key)
+    for key, want in x2.items():
+        np.testing.assert_allclose(activations.entries[key].sums[0], want, rtol=2e-4, err_msg=key)

@@ -1,0 +1,123 @@
+"""A tiny random checkpoint of every family but OLMoE, with transformers' model of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..builders import TOKENIZER_FROM
+
+VOCAB = 4100
+
+
+def spread(model: Any) -> None:
+    """Weights large enough for logits and routers that differ by more than rounding."""
+    import torch
+
+    torch.manual_seed(0)
+    for name, value in model.named_parameters():
+        noise = torch.randn_like(value)
+        value.data = 1 + 0.1 * noise if "norm" in name else noise * (0.5 if name.endswith("gate.weight") else 0.08)
+
+
+def add_tokenizer(directory: Path) -> Path:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TOKENIZER_FROM / name, directory / name)
+    return directory
+
+
+def build_mixtral(directory: Path, dtype: str, **config: Any) -> Path:
+    """Grouped queries, heads wider than the hidden size has room for."""
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    settings: dict[str, Any] = {
+        **{"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 32},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2},
+        **{"max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0},
+        "sliding_window": None,
+    }
+    model = MixtralForCausalLM(MixtralConfig(**{**settings, **config}))
+    spread(model)
+    model.to(getattr(torch, dtype)).save_pretrained(directory)
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    return add_tokenizer(directory)
+
+
+def build_tied_mixtral(directory: Path, dtype: str) -> Path:
+    return build_mixtral(directory, dtype, tie_word_embeddings=True, num_key_value_heads=4, head_dim=16)
+
+
+def build_deepseek_ocr(directory: Path, dtype: str) -> Path:
+    """A dense first layer, shared experts."""
+    import torch
+
+    from tools.tiny_models import DEEPSEEK, Shape, make_model, save
+
+    shape = Shape(DEEPSEEK, layers=3, experts=6, used=2, hidden=64, ff=32, shared=2, window=64)
+    model = make_model(shape)
+    spread(model)
+    directory.mkdir(parents=True)
+    save(model, shape, directory, getattr(torch, dtype))
+    return add_tokenizer(directory)
+
+
+def causal_model(directory: Path) -> Any:
+    """What transformers opens by itself."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, experts_implementation="eager").eval()
+
+
+def deepseek_ocr_model(directory: Path) -> Any:
+    """The decoder inside DeepSeek-OCR-2, its packed experts filled from the files."""
+    import torch
+    from safetensors.torch import load_file
+
+    from tools.tiny_models import DEEPSEEK, Shape, make_model
+
+    config = json.loads((directory / "config.json").read_text())
+    shape = Shape(
+        DEEPSEEK,
+        layers=config["num_hidden_layers"],
+        experts=config["n_routed_experts"],
+        used=config["num_experts_per_tok"],
+        hidden=config["hidden_size"],
+        ff=config["moe_intermediate_size"],
+        shared=config["n_shared_experts"],
+        window=64,
+    )
+    model = make_model(shape).eval()
+    files = load_file(directory / "model.safetensors")
+    for name, value in model.named_parameters():
+        if name.endswith("experts.gate_up_proj"):
+            own = name.removesuffix("gate_up_proj")
+            parts = [[files[f"{own}{e}.{w}_proj.weight"] for w in ("gate", "up")] for e in range(len(value))]
+            value.data = torch.stack([torch.cat(pair) for pair in parts]).float()
+        elif name.endswith("experts.down_proj"):
+            own = name.removesuffix("down_proj")
+            value.data = torch.stack([files[f"{own}{e}.down_proj.weight"] for e in range(len(value))]).float()
+        else:
+            value.data = files[name].float()
+    return model
+
+
+def logits(model: Any, tokens: list[int]) -> Any:
+    """float32 logits [n_tokens, n_vocab]."""
+    import torch
+
+    with torch.no_grad():
+        found = model(torch.tensor([tokens]))
+        return (found if isinstance(found, torch.Tensor) else found.logits)[0].numpy()
+
+
+FAMILIES: Mapping[str, tuple[Callable[[Path, str], Path], Callable[[Path], Any]]] = {
+    "mixtral": (build_mixtral, causal_model),
+    "mixtral-tied": (build_tied_mixtral, causal_model),
+    "deepseek-ocr": (build_deepseek_ocr, deepseek_ocr_model),
+}
+"""How to write one, ``build(directory, dtype)``, and transformers' float32 model of the directory."""
