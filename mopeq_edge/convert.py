@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,16 @@ from mopeq_edge.pipeline import (
     check_budget,
     check_calibration,
     check_sensitivity,
-    plan_only,
     run_calibrate,
     run_emit,
+    run_forecast,
     run_plan,
     run_sensitivity,
     source_gguf,
 )
-from mopeq_edge.plan.artifact import PER_EXPERT, STOCK, Plan
+from mopeq_edge.plan.artifact import Plan
 from mopeq_edge.plan.budget import Budget
+from mopeq_edge.plan.forecast import Forecast
 from mopeq_edge.plan.options import PlanOptions
 from mopeq_edge.sensitivity.pricing import Statistics, require_scores
 from mopeq_edge.sensitivity.scores import FISHER, IMATRIX
@@ -81,24 +82,6 @@ class ImatrixChoice:
 
 
 @dataclass(frozen=True)
-class PerExpert:
-    """What the per-expert layout would bring within the same budget; ``ratio`` is its damage over the stock plan's."""
-
-    damage: float
-    file_bytes: int
-    ratio: float
-
-    def sentence(self) -> str:
-        """The gain, and how to get it."""
-        if self.ratio >= 1:
-            return "--layout per-expert would bring nothing at this size"
-        return (
-            f"--layout per-expert has {self.ratio:.2f} times the predicted damage at the same size; "
-            "it runs in the llama.cpp of `mopeq-edge runtime install` only"
-        )
-
-
-@dataclass(frozen=True)
 class Converted:
     """What came out."""
 
@@ -109,8 +92,8 @@ class Converted:
     sampling_error: float
     """Largest relative standard error of a tensor's damage by row sampling; 0 when all rows were measured."""
     evaluation: Evaluation | None
-    per_expert: PerExpert | None = None
-    """None when the plan is in that layout."""
+    forecast: Forecast | None = None
+    """What the other layout would bring; None for the paper's planner."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values with units in their names."""
@@ -122,7 +105,7 @@ class Converted:
             "layout": self.plan.layout,
             "optimality_gap": self.plan.gap,
             "output": self.output.name,
-            "per_expert": asdict(self.per_expert) if self.per_expert is not None else None,
+            "forecast": self.forecast.as_dict() if self.forecast is not None else None,
             "plan_sha256": self.plan.sha256,
             "planner": self.plan.planner,
             "precision_map": asdict(self.plan.precision_map) if self.plan.precision_map is not None else None,
@@ -158,11 +141,8 @@ def convert(context: Context, request: ConvertRequest) -> Converted:
     require_scores([request.options.sensitivity], calibrated.statistics)
     kind = _first_kind(request, calibrated.statistics)
     table = run_sensitivity(context, calibrated, request.options.types, kind, request.sample_rows)
-    per_expert = None
-    if request.options.layout == STOCK:
-        other = replace(request.options, layout=PER_EXPERT)
-        per_expert = plan_only(context, table, calibrated.statistics, request.budget, other)
     plan = run_plan(context, table, calibrated.statistics, request.budget, request.options)
+    comparison = run_forecast(context, table, calibrated.statistics, request.budget, request.options, plan)
     measure = _measure(context, request) if request.evaluate else None
     choice = _choose(context, request, calibrated, plan, kind, digest(words), measure)
     written = run_emit(context, plan, calibrated.statistics, request.output, choice.chosen)
@@ -174,14 +154,10 @@ def convert(context: Context, request: ConvertRequest) -> Converted:
         choice,
         table.relative_error(plan.sensitivity),
         evaluation,
-        _compared(per_expert, plan) if per_expert is not None else None,
+        comparison,
     )
     write_json(context.work.file("validation.json"), VALIDATION_FORMAT, VERSION, result.as_dict())
     return result
-
-
-def _compared(other: Plan, stock: Plan) -> PerExpert:
-    return PerExpert(other.damage, other.file_bytes, other.damage / stock.damage if stock.damage > 0 else 1.0)
 
 
 def _first_kind(request: ConvertRequest, statistics: Statistics) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from converters import CONVERTERS
@@ -18,10 +18,12 @@ from mopeq_edge.ggml.types import GgmlType
 from mopeq_edge.gguf_file import KV
 from mopeq_edge.imatrix import ACTIVATION, GRADIENT, Imatrix, read_imatrix, write_imatrix
 from mopeq_edge.output_kvs import IMATRIX_NAME, Provenance, file_type_of, output_kvs
-from mopeq_edge.plan.artifact import Plan, write_plan
+from mopeq_edge.plan.artifact import PER_EXPERT, STOCK, Plan, write_plan
 from mopeq_edge.plan.budget import Budget
+from mopeq_edge.plan.forecast import Forecast, forecast
 from mopeq_edge.plan.make import make_plan, require_budget
 from mopeq_edge.plan.options import PlanOptions
+from mopeq_edge.plan.per_expert import is_stack
 from mopeq_edge.progress import Progress
 from mopeq_edge.sensitivity.pricing import Statistics, require_scores
 from mopeq_edge.sensitivity.run import measure_sensitivity
@@ -205,6 +207,22 @@ def plan_only(
     require_scores([options.sensitivity], statistics)
     kvs = _kvs(context, statistics, table.quantized_with, file_type=0, plan_sha256=None)
     return make_plan(context.source, table, kvs, budget, options)
+
+
+def run_forecast(
+    context: Context,
+    table: SensitivityTable,
+    statistics: Statistics,
+    budget: Budget | None,
+    options: PlanOptions,
+    plan: Plan,
+) -> Forecast | None:
+    """What the other layout would make of the same budget; None for the paper's map, which has one layout."""
+    if options.precision_map is not None:
+        return None
+    other = replace(options, layout=STOCK if plan.layout == PER_EXPERT else PER_EXPERT)
+    stacks = [tensor for tensor in context.source.tensors if is_stack(tensor) and tensor.quantizable]
+    return forecast(stacks, table, statistics.routing, plan, plan_only(context, table, statistics, budget, other))
 
 
 def run_emit(

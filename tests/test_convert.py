@@ -235,10 +235,12 @@ def test_emit_of_the_plan_is_the_same_file(first: Run, tmp_path: Path) -> None:
 
 def test_the_per_expert_layout(first: Run, tmp_path: Path) -> None:
     """As large as predicted, within the budget, with the bits of the stock layout, and what convert said of it."""
-    said = first.result["per_expert"]
+    said = first.result["forecast"]
     planned = printed(first.plan("0.0085", "--layout", "per-expert"))
     assert (said["damage"], said["file_bytes"]) == (planned["damage"], planned["file_bytes"])
     assert said["ratio"] == planned["damage"] / first.result["predicted_damage"] < 0.8
+    assert (said["layout"], planned["forecast"]["layout"]) == ("per-expert", "stock")
+    assert planned["forecast"]["ratio"] == said["ratio"]
     out = tmp_path / "out.gguf"
     done = printed(invoke("emit", first.model, out, "--work-dir", first.work, "--json"))
     assert out.stat().st_size == done["file_bytes"] == planned["file_bytes"] <= BUDGET

@@ -97,7 +97,7 @@ def test_from_the_checkpoint_to_the_file(model: Path, tmp_path: Path) -> None:
         done = printed(invoke("convert", model, out, "--scope", scope, *options(tmp_path / "work")))
         assert done["file_bytes"] == done["predicted_file_bytes"] == out.stat().st_size
         assert (done["planner"], done["layout"], done["sensitivity"]) == ("mopeq", "per-expert", "mopeq")
-        assert (done["budget_bytes"], done["optimality_gap"], done["per_expert"]) == (None, None, None)
+        assert (done["budget_bytes"], done["optimality_gap"], done["forecast"]) == (None, None, None)
         expected = bits_from_the_weights(model, scope)
         assert types_in(out) == {key: {WIDTH[bits]} for key, bits in expected.items()}
         assert done["precision_map"]["experts"] == [list(expected.values()).count(n) for n in WIDTH]

@@ -129,6 +129,6 @@ def _table(result: Converted) -> Any:
             ("PPL", f"{d.ppl_target:.4f}, source {d.ppl_base:.4f}"),
             ("measured on", f"{d.n_positions} held-out tokens, {evaluation.library}"),
         ]
-    if result.per_expert is not None:
-        rows.append(("per expert", result.per_expert.sentence()))
+    if result.forecast is not None:
+        rows.append(("layouts", result.forecast.sentence()))
     return rows_table(str(result.output), rows)

@@ -14,6 +14,7 @@ from mopeq_edge.cli.console import FILE, json_option, threads_option
 if TYPE_CHECKING:
     from mopeq_edge.pipeline import Calibrated, Context
     from mopeq_edge.plan.artifact import Plan
+    from mopeq_edge.plan.forecast import Forecast
 
 
 def _context(model: Path, given: dict[str, Any], progress: Any) -> Context:
@@ -137,7 +138,7 @@ def plan(model: Path, **given: Any) -> None:
     """
     from mopeq_edge.atomic import atomic_write
     from mopeq_edge.cli.console import console_progress, print_json, print_table
-    from mopeq_edge.pipeline import load_sensitivity, run_plan
+    from mopeq_edge.pipeline import load_sensitivity, run_forecast, run_plan
     from mopeq_edge.plan.artifact import require_stock, tensor_type_lines, write_plan
     from mopeq_edge.sensitivity.scores import FISHER, IMATRIX
 
@@ -151,6 +152,7 @@ def plan(model: Path, **given: Any) -> None:
         if request.sensitivity == "auto":
             request = replace(request, sensitivity=FISHER if FISHER in table.scores else IMATRIX)
         made = run_plan(context, table, calibrated.statistics, budget, request)
+        comparison = run_forecast(context, table, calibrated.statistics, budget, request, made)
     if given["output"] is not None:
         write_plan(made, given["output"])
     if given["tensor_type_file"] is not None:
@@ -158,13 +160,13 @@ def plan(model: Path, **given: Any) -> None:
         with atomic_write(given["tensor_type_file"]) as file:
             file.write(lines.encode())
     if given["as_json"]:
-        print_json(made.as_dict())
+        print_json({**made.as_dict(), "forecast": comparison.as_dict() if comparison is not None else None})
     else:
-        print_table(plan_table(made))
+        print_table(plan_table(made, comparison))
 
 
-def plan_table(made: Plan) -> Any:
-    """Sizes and types of a plan."""
+def plan_table(made: Plan, comparison: Forecast | None) -> Any:
+    """Sizes and types of a plan, and what the other layout would bring."""
     from mopeq_edge.cli.console import rows_table
     from mopeq_edge.units import format_bytes
 
@@ -176,6 +178,8 @@ def plan_table(made: Plan) -> Any:
         ("predicted damage", f"{made.damage:.6g} {made.unit} ({made.sensitivity})"),
         planner_row(made),
     ]
+    if comparison is not None:
+        rows.append(("layouts", comparison.sentence()))
     return rows_table(f"plan, {made.layout} layout", rows)
 
 
