@@ -35,6 +35,13 @@ def mean_estimate(windows: Sequence[float] | Doubles) -> Estimate:
     return _estimate(float(values.mean()), _draws(len(values)) @ values)
 
 
+def ratio_estimate(windows: Sequence[float] | Doubles, base: Sequence[float] | Doubles) -> Estimate:
+    """The mean of ``windows`` [n_windows] over that of ``base``, whose windows are the same: drawn together."""
+    values, others = np.asarray(windows, dtype=np.float64), np.asarray(base, dtype=np.float64)
+    draws = _draws(len(values))
+    return _estimate(float(values.mean() / others.mean()), (draws @ values) / (draws @ others))
+
+
 def rank_correlation(predicted: npt.ArrayLike, measured: npt.ArrayLike) -> float:
     """Spearman's rho of two series [n]; NaN if one of them is constant or n < 3."""
     x, y = np.asarray(predicted, dtype=np.float64), np.asarray(measured, dtype=np.float64)

@@ -64,6 +64,11 @@ class RowFile:
         row = self._rows.get(case)
         return row if row is not None and row.made_from == made_from else None
 
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """All rows, in the order in which they were measured."""
+        return tuple(self._rows.values())
+
     def put(self, row: Row) -> None:
         """Add ``row``, or replace the one of the same case."""
         self._rows[row.case] = row

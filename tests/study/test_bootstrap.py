@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from mopeq_edge.study.bootstrap import mean_estimate, mean_rank_estimate, rank_correlation, rank_estimate
+from mopeq_edge.study.bootstrap import (
+    mean_estimate,
+    mean_rank_estimate,
+    rank_correlation,
+    rank_estimate,
+    ratio_estimate,
+)
 
 
 def test_rho_by_hand() -> None:
@@ -69,3 +75,13 @@ def test_the_mean_of_layers() -> None:
     assert mean_rank_estimate([(up, by_window), (down, by_window)]).value == pytest.approx(0)
     assert mean_rank_estimate([(up, by_window), (np.ones(3), by_window)]).value == pytest.approx(1)
     assert np.isnan(mean_rank_estimate([(np.ones(3), by_window)]).value)
+
+
+def test_a_ratio_is_drawn_with_its_windows_together() -> None:
+    """Where one series is a multiple of the other there is no doubt, however much the windows differ."""
+    base = np.random.default_rng(0).lognormal(0, 2, 30)
+    same = ratio_estimate(0.5 * base, base)
+    assert (same.value, same.low, same.high) == (pytest.approx(0.5), pytest.approx(0.5), pytest.approx(0.5))
+    other = ratio_estimate(base[::-1].copy(), base)
+    assert other.low < other.value < other.high
+    assert other.value == pytest.approx(1)
