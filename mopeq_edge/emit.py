@@ -14,7 +14,7 @@ from mopeq_edge.atomic import atomic_path
 from mopeq_edge.errors import FormatError, PlanError
 from mopeq_edge.expert_groups.layout import Grouping, Types, expert_map, file_layout
 from mopeq_edge.expert_groups.read import read_groups
-from mopeq_edge.ggml.library import Bytes, Floats, Ggml
+from mopeq_edge.ggml.library import Bytes, Floats, Quantizer
 from mopeq_edge.ggml.types import NEEDS_IMATRIX, GgmlType
 from mopeq_edge.gguf_file import KV, read_header
 from mopeq_edge.gguf_layout import Layout
@@ -31,7 +31,7 @@ def emit(
     types: Types,
     kvs: Mapping[str, KV],
     imatrix: Imatrix | None,
-    ggml: Ggml,
+    ggml: Quantizer,
     path: Path,
     *,
     threads: int,
@@ -129,7 +129,7 @@ def _quantized(
     kind: GgmlType,
     matrices: Sequence[int],
     imatrix: Imatrix | None,
-    ggml: Ggml,
+    ggml: Quantizer,
     pool: ThreadPoolExecutor,
     in_flight: int,
 ) -> Iterator[Bytes]:

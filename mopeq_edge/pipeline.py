@@ -13,7 +13,7 @@ from mopeq_edge.calibrate.traces import Traces, read_traces, write_traces
 from mopeq_edge.emit import emit
 from mopeq_edge.errors import CalibrationError, PlanError
 from mopeq_edge.expert_groups.layout import Types, file_specs
-from mopeq_edge.ggml.library import load_ggml
+from mopeq_edge.ggml.library import Quantizer, load_ggml
 from mopeq_edge.ggml.types import GgmlType
 from mopeq_edge.gguf_file import KV
 from mopeq_edge.imatrix import ACTIVATION, GRADIENT, Imatrix, read_imatrix, write_imatrix
@@ -226,14 +226,22 @@ def run_forecast(
 
 
 def run_emit(
-    context: Context, plan: Plan, statistics: Statistics, output: Path, quantize_with: str | None = None
+    context: Context,
+    plan: Plan,
+    statistics: Statistics,
+    output: Path,
+    quantize_with: str | None = None,
+    quantizer: Quantizer | None = None,
 ) -> int:
-    """The emit stage: the planned file, byte for byte as large as planned. Returns its bytes."""
+    """The emit stage: the planned file, byte for byte as large as planned. Returns its bytes.
+
+    ``quantizer`` is libggml unless another is given.
+    """
     kind = quantize_with or plan.quantized_with
     types = plan.type_of()
     specs = file_specs(context.source.tensors, types)
     kvs = _kvs(context, statistics, kind, file_type_of(specs), plan.sha256)
-    return _emit(context, types, kvs, statistics.imatrix(kind), output)
+    return _emit(context, types, kvs, statistics.imatrix(kind), output, quantizer)
 
 
 def source_gguf(context: Context) -> Path:
@@ -248,9 +256,16 @@ def source_gguf(context: Context) -> Path:
     return context.work.file(name)
 
 
-def _emit(context: Context, types: Types, kvs: Mapping[str, KV], imatrix: Imatrix | None, output: Path) -> int:
-    threads, progress = context.threads, context.progress
-    return emit(context.source, types, kvs, imatrix, load_ggml(), output, threads=threads, progress=progress)
+def _emit(
+    context: Context,
+    types: Types,
+    kvs: Mapping[str, KV],
+    imatrix: Imatrix | None,
+    output: Path,
+    quantizer: Quantizer | None = None,
+) -> int:
+    ggml, threads, progress = quantizer or load_ggml(), context.threads, context.progress
+    return emit(context.source, types, kvs, imatrix, ggml, output, threads=threads, progress=progress)
 
 
 def imatrix_file(kind: str) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,13 @@ class _TypeTraits(ctypes.Structure):
         ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, _FLOAT_P, ctypes.c_int64)),
         ("from_float_ref", ctypes.c_void_p),
     )
+
+
+class Quantizer(Protocol):
+    """What turns weights into blocks."""
+
+    def quantize(self, to: GgmlType, rows: Floats, imatrix: Floats | None = None) -> Bytes:
+        """Blocks [n_rows, row bytes] of ``rows`` [n_rows, n_in], weighted by ``imatrix`` [n_in]."""
 
 
 class Ggml:

@@ -92,7 +92,7 @@ def _write(setup: Setup, case: Case, path: Path) -> None:
     assert case.plan is not None
     # one bar for the study, not one for each file
     context = replace(setup.context, progress=SilentProgress())
-    run_emit(context, case.plan, setup.calibrated.statistics, path)
+    run_emit(context, case.plan, setup.calibrated.statistics, path, quantizer=setup.quantizer)
 
 
 def _predictions(setup: Setup, case: Case) -> tuple[float | None, float | None]:

@@ -11,6 +11,7 @@ from mopeq_edge.artifacts import digest
 from mopeq_edge.evaluate.chunks import Positions
 from mopeq_edge.evaluate.reference import ReferenceLogits
 from mopeq_edge.evaluate.run import make_reference
+from mopeq_edge.ggml.library import Quantizer, load_ggml
 from mopeq_edge.ggml.types import GgmlType
 from mopeq_edge.gguf_file import KV
 from mopeq_edge.output_kvs import IMATRIX_NAME, Provenance, output_kvs
@@ -25,8 +26,11 @@ from mopeq_edge.pipeline import (
 from mopeq_edge.plan.per_expert import is_stack
 from mopeq_edge.sensitivity.table import SensitivityTable
 from mopeq_edge.source.model import SourceTensor
+from mopeq_edge.study.block_cache import BlockCache
 
 POSITIONS: Positions = "all"
+BLOCKS = "study-blocks"
+"""Folder of the work directory with the blocks of all files; it may be deleted at any time."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,11 @@ class Setup:
         """Key-values of the size that a finished file's have."""
         imatrix = self.calibrated.statistics.imatrix(self.table.quantized_with)
         return output_kvs(self.context.source.kvs, 0, imatrix, IMATRIX_NAME, Provenance())
+
+    @cached_property
+    def quantizer(self) -> Quantizer:
+        """libggml, with what it made for any file kept for the others."""
+        return BlockCache(load_ggml(), self.context.work.file(BLOCKS), [self.reference.key.library])
 
     @cached_property
     def stacks(self) -> tuple[SourceTensor, ...]:
