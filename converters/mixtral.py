@@ -65,9 +65,7 @@ def key_values(
     prefix = read_json_object(settings).get("add_prefix_space") if settings.is_file() else None
     if prefix is not None:
         writer.add_add_space_prefix(prefix)
-    add_bpe_vocabulary(writer, directory, n_vocab, pre)
-    if n_vocab == _GRANITE_VOCABULARY:
-        writer.add_add_bos_token(False)
+    add_bpe_vocabulary(writer, directory, n_vocab, pre, add_bos=False if n_vocab == _GRANITE_VOCABULARY else None)
     return as_kvs(writer)
 
 

@@ -16,11 +16,13 @@ _SPECIAL = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 _SPECIAL_ENDS = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
 
 
-def add_bpe_vocabulary(writer: Any, directory: Path, vocab_size: int, pre: str | None) -> None:
+def add_bpe_vocabulary(
+    writer: Any, directory: Path, vocab_size: int, pre: str | None, *, add_bos: bool | None = None
+) -> None:
     """Add the vocabulary in ``directory``, filled up to ``vocab_size`` tokens, to a ``gguf.GGUFWriter``.
 
-    ``pre`` overrides the pre-tokenizer's name. Raises :class:`SourceError` if there is no tokenizer, it does not
-    fit the model or llama.cpp has no pre-tokenizer like it.
+    ``pre`` overrides the pre-tokenizer's name, ``add_bos`` what the tokenizer says about BOS. Raises
+    :class:`SourceError` if there is no tokenizer, it does not fit the model or llama.cpp has no pre-tokenizer like it.
     """
     tokenizer = load_tokenizer(directory)
     largest = max(tokenizer.get_vocab().values(), default=-1)
@@ -42,7 +44,11 @@ def add_bpe_vocabulary(writer: Any, directory: Path, vocab_size: int, pre: str |
     if not special.merges:
         raise SourceError(f"{directory}: the tokenizer has no merges, expected a byte-pair one; not supported yet")
     _follow_post_processor(special, directory)
+    if add_bos is not None and "bos" in special.add_special_token:
+        special.add_special_token["bos"], add_bos = add_bos, None
     special.add_to_gguf(writer, quiet=True)
+    if add_bos is not None:
+        writer.add_add_bos_token(add_bos)
 
 
 def load_tokenizer(directory: Path) -> Any:

@@ -22,7 +22,7 @@ from mopeq_edge.runtime.locate import require_runtime
 from mopeq_edge.source.open import open_source
 
 from ..builders import build_olmoe, edit_json, write_gguf
-from .families import FAMILIES, logits
+from .families import FAMILIES, build_mixtral, logits
 
 pytestmark = pytest.mark.runtime
 
@@ -90,6 +90,8 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "sharded-MoE-v2": (sharded_bf16, "bf16"),
     "half": (half, "f16"),
     "full": (full, "f32"),
+    # llama.cpp's converter has a rule for vocabularies of this size
+    "granite-vocabulary": (partial(build_mixtral, dtype="bfloat16", vocab_size=49152), "bf16"),
     **{name: (partial(build, dtype="bfloat16"), "bf16") for name, (build, _) in FAMILIES.items()},
 }
 
