@@ -62,6 +62,11 @@ def need_number(config: Config, key: str) -> int:
     return value
 
 
+def with_defaults(config: Config, assumed: Mapping[str, Any], rope_theta: float = 10000.0) -> dict[str, Any]:
+    """``config`` with what transformers assumes where it says nothing. A rope's own settings come before the theta."""
+    return {"rope_theta": rope_theta, **assumed, **{key: value for key, value in config.items() if value is not None}}
+
+
 def start_writer(
     directory: Path, architecture: str, tensors: Sequence[SourceTensor], chat_template: str | None = None
 ) -> Any:

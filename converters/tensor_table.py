@@ -116,8 +116,8 @@ def check_only(config: Config, only: Mapping[str, object], computed_as: str) -> 
         if (found := config.get(key)) not in (None, value):
             expected = "none" if value is None else value
             raise SourceError(
-                f"config.json has {key} {found!r}, expected {expected}: llama.cpp computes {computed_as} without it, "
-                "so no GGUF of this checkpoint would be right"
+                f"config.json has {key} {found!r}, expected {expected}: llama.cpp computes {computed_as} like that "
+                "only, so no GGUF of this checkpoint would be right"
             )
 
 

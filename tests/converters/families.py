@@ -29,9 +29,26 @@ def add_tokenizer(directory: Path) -> Path:
     return directory
 
 
+def save(model: Any, directory: Path, dtype: str, as_in_memory: bool = False) -> Path:
+    """Spread the weights of ``model`` and save it as transformers does, with the bundled tokenizer.
+
+    ``as_in_memory`` keeps the experts of a layer in two tensors.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    spread(model)
+    model.to(getattr(torch, dtype)).save_pretrained(directory)
+    if as_in_memory:
+        names = {name for name, _ in model.named_parameters()}
+        tensors = {name: value for name, value in model.state_dict().items() if name in names}
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    return add_tokenizer(directory)
+
+
 def build_mixtral(directory: Path, dtype: str, **config: Any) -> Path:
     """Grouped queries, heads wider than the hidden size has room for."""
-    import torch
     from transformers import MixtralConfig, MixtralForCausalLM
 
     settings: dict[str, Any] = {
@@ -40,28 +57,43 @@ def build_mixtral(directory: Path, dtype: str, **config: Any) -> Path:
         **{"max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0},
         "sliding_window": None,
     }
-    model = MixtralForCausalLM(MixtralConfig(**{**settings, **config}))
-    spread(model)
-    model.to(getattr(torch, dtype)).save_pretrained(directory)
-    (directory / "generation_config.json").unlink(missing_ok=True)
-    return add_tokenizer(directory)
+    return save(MixtralForCausalLM(MixtralConfig(**{**settings, **config})), directory, dtype)
 
 
 def build_tied_mixtral(directory: Path, dtype: str) -> Path:
     return build_mixtral(directory, dtype, tie_word_embeddings=True, num_key_value_heads=4, head_dim=16)
 
 
+def build_qwen3_moe(directory: Path, dtype: str, packed: bool = False, **config: Any) -> Path:
+    """Grouped queries, heads wider than the hidden size has room for, norms of q and k that differ by channel."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    settings: dict[str, Any] = {
+        **{"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 2},
+        **{"moe_intermediate_size": 32, "norm_topk_prob": True, "max_position_embeddings": 256},
+        **{"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0},
+    }
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**settings, **config}))
+    return save(model, directory, dtype, as_in_memory=packed)
+
+
+def build_packed_qwen3_moe(directory: Path, dtype: str) -> Path:
+    return build_qwen3_moe(directory, dtype, packed=True, tie_word_embeddings=True)
+
+
 def build_deepseek_ocr(directory: Path, dtype: str) -> Path:
     """A dense first layer, shared experts."""
     import torch
 
-    from tools.tiny_models import DEEPSEEK, Shape, make_model, save
+    from tools.tiny_models import DEEPSEEK, Shape, make_model
+    from tools.tiny_models import save as save_released
 
     shape = Shape(DEEPSEEK, layers=3, experts=6, used=2, hidden=64, ff=32, shared=2, window=64)
     model = make_model(shape)
     spread(model)
     directory.mkdir(parents=True)
-    save(model, shape, directory, getattr(torch, dtype))
+    save_released(model, shape, directory, getattr(torch, dtype))
     return add_tokenizer(directory)
 
 
@@ -118,6 +150,8 @@ def logits(model: Any, tokens: list[int]) -> Any:
 FAMILIES: Mapping[str, tuple[Callable[[Path, str], Path], Callable[[Path], Any]]] = {
     "mixtral": (build_mixtral, causal_model),
     "mixtral-tied": (build_tied_mixtral, causal_model),
+    "qwen3-moe": (build_qwen3_moe, causal_model),
+    "qwen3-moe-packed-tied": (build_packed_qwen3_moe, causal_model),
     "deepseek-ocr": (build_deepseek_ocr, deepseek_ocr_model),
 }
 """How to write one, ``build(directory, dtype)``, and transformers' float32 model of the directory."""
