@@ -6,6 +6,7 @@ One module a family; this table is the only place that knows them all.
 from converters.deepseek_ocr import DEEPSEEK_OCR
 from converters.mixtral import MIXTRAL
 from converters.olmoe import OLMOE
+from converters.qwen2_moe import QWEN2_MOE
 from converters.qwen3_moe import QWEN3_MOE
 from mopeq_edge.source.converter import Converter
 
@@ -13,6 +14,7 @@ CONVERTERS: dict[str, Converter] = {
     "DeepseekOCRForCausalLM": DEEPSEEK_OCR,
     "MixtralForCausalLM": MIXTRAL,
     "OlmoeForCausalLM": OLMOE,
+    "Qwen2MoeForCausalLM": QWEN2_MOE,
     "Qwen3MoeForCausalLM": QWEN3_MOE,
 }
 """Converters by the first name in ``architectures`` of a checkpoint's ``config.json``."""

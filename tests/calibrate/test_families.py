@@ -31,6 +31,8 @@ MODULES = {
         for ours, theirs in zip("qkvo", ("q", "k", "v", "output"), strict=True)
     },
     **{f"mlp.{which}_proj": f"ffn_{which}" for which in ("gate", "up", "down")},
+    **{f"mlp.shared_expert.{which}_proj": f"ffn_{which}_shexp" for which in ("gate", "up", "down")},
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
     **{f"mlp.shared_experts.{which}_proj": f"ffn_{which}_shexp" for which in ("gate", "up", "down")},
 }
 """Linear maps of a block, as transformers' modules and in GGUF; experts are compared in the tests of OLMoE."""

@@ -64,6 +64,19 @@ def build_tied_mixtral(directory: Path, dtype: str) -> Path:
     return build_mixtral(directory, dtype, tie_word_embeddings=True, num_key_value_heads=4, head_dim=16)
 
 
+def build_qwen2_moe(directory: Path, dtype: str) -> Path:
+    """Biases, a shared expert of another width than the routed ones, grouped queries."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    config = Qwen2MoeConfig(
+        **{"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 2},
+        **{"moe_intermediate_size": 32, "shared_expert_intermediate_size": 96, "max_position_embeddings": 256},
+        **{"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0},
+    )
+    return save(Qwen2MoeForCausalLM(config), directory, dtype)
+
+
 def build_qwen3_moe(directory: Path, dtype: str, packed: bool = False, **config: Any) -> Path:
     """Grouped queries, heads wider than the hidden size has room for, norms of q and k that differ by channel."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -150,6 +163,7 @@ def logits(model: Any, tokens: list[int]) -> Any:
 FAMILIES: Mapping[str, tuple[Callable[[Path, str], Path], Callable[[Path], Any]]] = {
     "mixtral": (build_mixtral, causal_model),
     "mixtral-tied": (build_tied_mixtral, causal_model),
+    "qwen2-moe": (build_qwen2_moe, causal_model),
     "qwen3-moe": (build_qwen3_moe, causal_model),
     "qwen3-moe-packed-tied": (build_packed_qwen3_moe, causal_model),
     "deepseek-ocr": (build_deepseek_ocr, deepseek_ocr_model),

@@ -35,6 +35,20 @@ class Case:
 
 COMMON = ("max_position_embeddings", "rms_norm_eps", "rope_parameters", "hidden_act")
 CASES = {
+    "qwen2-moe": Case(
+        {
+            "model.layers.1.mlp.experts.7.down_proj.weight": " (layer 1, expert 7)",
+            "model.layers.0.mlp.shared_expert_gate.weight": "",
+            "model.layers.0.self_attn.k_proj.bias": "",
+            "lm_head.weight": "",
+        },
+        (
+            *(("norm_topk_prob", True), ("mlp_only_layers", [0]), ("decoder_sparse_step", 2), ("qkv_bias", False)),
+            *(("use_sliding_window", True), ("hidden_act", "gelu"), ("head_dim", 32), ("tie_word_embeddings", True)),
+            ("layer_types", ["full_attention", "sliding_attention"]),
+        ),
+        (*COMMON, "qkv_bias", "norm_topk_prob", "layer_types", "use_sliding_window", "mlp_only_layers"),
+    ),
     "qwen3-moe": Case(
         {
             "model.layers.1.mlp.experts.5.up_proj.weight": " (layer 1, expert 5)",
