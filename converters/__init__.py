@@ -4,6 +4,7 @@ One module a family; this table is the only place that knows them all.
 """
 
 from converters.deepseek_ocr import DEEPSEEK_OCR
+from converters.granite_moe import GRANITE_MOE
 from converters.mixtral import MIXTRAL
 from converters.olmoe import OLMOE
 from converters.qwen2_moe import QWEN2_MOE
@@ -12,6 +13,7 @@ from mopeq_edge.source.converter import Converter
 
 CONVERTERS: dict[str, Converter] = {
     "DeepseekOCRForCausalLM": DEEPSEEK_OCR,
+    "GraniteMoeForCausalLM": GRANITE_MOE,
     "MixtralForCausalLM": MIXTRAL,
     "OlmoeForCausalLM": OLMOE,
     "Qwen2MoeForCausalLM": QWEN2_MOE,

@@ -40,13 +40,17 @@ class Experts:
     """Where the routed experts of a layer are: matrix ``matrices[projection]`` of expert e is the checkpoint's
     ``{prefix}.{e}.{matrix}.weight``, stacks are written in the order of ``matrices``.
 
-    With ``packed`` they may also be two tensors of all experts, ``{prefix}.gate_up_proj`` [n_expert, 2 ff, hidden]
-    (gate first) and ``{prefix}.down_proj`` [n_expert, hidden, ff].
+    With ``packed`` they may also be two tensors of all experts, ``{prefix}.{gate_up}`` [n_expert, 2 ff, hidden]
+    (gate first) and ``{prefix}.{down}`` [n_expert, hidden, ff]; without ``single`` they are never anything else, and
+    the names in ``matrices`` are not used.
     """
 
     prefix: str
     matrices: Mapping[str, str]
     packed: bool = False
+    single: bool = True
+    gate_up: str = "gate_up_proj"
+    down: str = "down_proj"
 
 
 @dataclass(frozen=True)
@@ -137,8 +141,8 @@ def _expert_parts(tables: Tables, layer: int, shapes: Shapes) -> dict[str, tuple
     sizes, experts = tables.sizes, tables.experts
     n_expert, hidden, ff = sizes["expert"], sizes["hidden"], sizes["ff"]
     prefix = f"{tables.layers_prefix}{layer}.{experts.prefix}"
-    gate_up, down = f"{prefix}.gate_up_proj", f"{prefix}.down_proj"
-    if not experts.packed or (gate_up not in shapes and down not in shapes):
+    gate_up, down = f"{prefix}.{experts.gate_up}", f"{prefix}.{experts.down}"
+    if experts.single and (not experts.packed or (gate_up not in shapes and down not in shapes)):
         check_count("num_experts", n_expert, shapes)
         return {
             which: tuple(Part(f"{prefix}.{e}.{matrix}.weight") for e in range(n_expert))
@@ -168,7 +172,7 @@ def _stacks(tables: Tables, layer: int, parts: Mapping[str, tuple[Part, ...]]) -
 def _whose(tables: Tables, name: str) -> str:
     """The layer and expert of a tensor of the routed experts, for people."""
     experts = tables.experts
-    match = re.match(rf"^{re.escape(tables.layers_prefix)}(\d+)\.{re.escape(experts.prefix)}\.(?:(\d+)\.)?", name)
-    if match is None:
+    match = re.match(rf"^{re.escape(tables.layers_prefix)}(\d+)\.{re.escape(experts.prefix)}\.((\d+)?.*)", name)
+    if match is None or not (match[3] or match[2] in (experts.gate_up, experts.down)):
         return ""
-    return f" (layer {match[1]}, expert {match[2]})" if match[2] else f" (layer {match[1]}, all experts)"
+    return f" (layer {match[1]}, expert {match[3]})" if match[3] else f" (layer {match[1]}, all experts)"

@@ -54,12 +54,18 @@ class Skeleton:
     ``base(directory, config)`` builds configuration and decoder (with ``layers``, ``norm`` and ``rotary_emb``) on the
     meta device, so without weights; None leaves both to transformers' own tables. ``prefix`` stands before the
     decoder's tensors in the checkpoint; ``renamed`` are beginnings of names inside a block that differ: the module's,
-    then the checkpoint's.
+    then the checkpoint's. ``experts`` is where a block has its routed experts.
+
+    ``embedding_multiplier`` and ``logits_divisor`` name the numbers in transformers' configuration that multiply the
+    embeddings and divide the logits, for a family that has them; what is inside a block its own module computes.
     """
 
     base: Callable[[Path, Config], tuple[Any, Any]] | None = None
     prefix: str = "model."
     renamed: Mapping[str, str] = field(default_factory=dict)
+    experts: str = "mlp.experts"
+    embedding_multiplier: str | None = None
+    logits_divisor: str | None = None
 
 
 @dataclass(frozen=True)

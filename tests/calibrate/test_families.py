@@ -11,7 +11,11 @@ import torch
 
 from converters import CONVERTERS
 from mopeq_edge.calibrate import passes
+from mopeq_edge.calibrate.blocks import BlockModel
+from mopeq_edge.calibrate.curvature import Run, record_choices
+from mopeq_edge.calibrate.passes import one_torch_thread
 from mopeq_edge.calibrate.run import calibrate, calibrate_text
+from mopeq_edge.calibrate.states import HiddenStates
 from mopeq_edge.emit import emit
 from mopeq_edge.ggml.library import load_ggml
 from mopeq_edge.ggml.types import F32
@@ -138,3 +142,32 @@ def test_gradients_are_those_of_the_whole_model(name: str, tmp_path: Path, monke
         np.testing.assert_allclose(ours.entries[key].sums[0] * ours.scale, want, rtol=2e-4, err_msg=key)
     for key, want in x2.items():
         np.testing.assert_allclose(activations.entries[key].sums[0], want, rtol=2e-4, err_msg=key)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_loss_and_its_gradient_are_those_of_the_whole_model(name: str, tmp_path: Path) -> None:
+    """What the trace differentiates: the loss in nats per predicted token, its gradient at the final norm's input."""
+    source = source_of(name, tmp_path / "model")
+    windows = np.random.default_rng(1).integers(0, 4096, (2, 20)).astype(np.int32)
+    blocks = BlockModel(source)
+    states = HiddenStates(blocks.n_layer + 1, *windows.shape, blocks.n_embd, tmp_path)
+    with one_torch_thread(), QUIET.step("", 1) as step:
+        choices = record_choices(Run(blocks, windows, states, 1, step))
+    got = np.stack([states.get(blocks.n_layer, window).reshape(-1, blocks.n_embd).numpy() for window in range(2)])
+
+    model = FAMILIES[name][1](tmp_path / "model").to(torch.float64)
+    model.requires_grad_(False)
+    into: list[torch.Tensor] = []
+
+    def leaf(_module: object, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        into.append(args[0].detach().requires_grad_())
+        return into[0]
+
+    model.model.norm.register_forward_pre_hook(leaf)
+    tokens = torch.from_numpy(windows).long()
+    found = model(tokens)
+    logits = found if isinstance(found, torch.Tensor) else found.logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    (want,) = torch.autograd.grad(loss, into[0])
+    assert choices.loss == pytest.approx(loss.item(), rel=1e-6)
+    np.testing.assert_allclose(got, want.numpy(), rtol=1e-3, atol=1e-5 * float(want.abs().max()))

@@ -20,7 +20,8 @@ def spread(model: Any) -> None:
     torch.manual_seed(0)
     for name, value in model.named_parameters():
         noise = torch.randn_like(value)
-        value.data = 1 + 0.1 * noise if "norm" in name else noise * (0.5 if name.endswith("gate.weight") else 0.08)
+        router = name.endswith(("gate.weight", "router.weight"))
+        value.data = 1 + 0.1 * noise if "norm" in name else noise * (0.5 if router else 0.08)
 
 
 def add_tokenizer(directory: Path) -> Path:
@@ -62,6 +63,24 @@ def build_mixtral(directory: Path, dtype: str, **config: Any) -> Path:
 
 def build_tied_mixtral(directory: Path, dtype: str) -> Path:
     return build_mixtral(directory, dtype, tie_word_embeddings=True, num_key_value_heads=4, head_dim=16)
+
+
+def build_granite_moe(directory: Path, dtype: str, **config: Any) -> Path:
+    """Multipliers far from one, grouped queries."""
+    from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
+
+    settings: dict[str, Any] = {
+        **{"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2},
+        **{"attention_multiplier": 0.4, "embedding_multiplier": 12, "residual_multiplier": 0.22},
+        **{"logits_scaling": 0.7, "max_position_embeddings": 256},
+        **{"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0},
+    }
+    return save(GraniteMoeForCausalLM(GraniteMoeConfig(**{**settings, **config})), directory, dtype)
+
+
+def build_tied_granite_moe(directory: Path, dtype: str) -> Path:
+    return build_granite_moe(directory, dtype, tie_word_embeddings=True, attention_multiplier=0.25)
 
 
 def build_qwen2_moe(directory: Path, dtype: str) -> Path:
@@ -163,6 +182,8 @@ def logits(model: Any, tokens: list[int]) -> Any:
 FAMILIES: Mapping[str, tuple[Callable[[Path, str], Path], Callable[[Path], Any]]] = {
     "mixtral": (build_mixtral, causal_model),
     "mixtral-tied": (build_tied_mixtral, causal_model),
+    "granite-moe": (build_granite_moe, causal_model),
+    "granite-moe-tied": (build_tied_granite_moe, causal_model),
     "qwen2-moe": (build_qwen2_moe, causal_model),
     "qwen3-moe": (build_qwen3_moe, causal_model),
     "qwen3-moe-packed-tied": (build_packed_qwen3_moe, causal_model),

@@ -35,6 +35,20 @@ class Case:
 
 COMMON = ("max_position_embeddings", "rms_norm_eps", "rope_parameters", "hidden_act")
 CASES = {
+    "granite-moe": Case(
+        {
+            "model.layers.1.block_sparse_moe.input_linear.weight": " (layer 1, all experts)",
+            "model.layers.0.block_sparse_moe.output_linear.weight": " (layer 0, all experts)",
+            "model.layers.0.block_sparse_moe.router.layer.weight": "",
+            "lm_head.weight": "",
+        },
+        (
+            *(("hidden_act", "gelu"), ("attention_bias", True), ("head_dim", 32), ("deepstack_layer_map", [[0, 1]])),
+            *(("residual_multiplier", 0), ("logits_scaling", -1.0), ("embedding_multiplier", "12")),
+            ("attention_multiplier", float("inf")),
+        ),
+        (*COMMON, "attention_bias", "residual_multiplier", "logits_scaling", "embedding_multiplier"),
+    ),
     "qwen2-moe": Case(
         {
             "model.layers.1.mlp.experts.7.down_proj.weight": " (layer 1, expert 7)",
