@@ -9,6 +9,7 @@ from converters.mixtral import MIXTRAL
 from converters.olmoe import OLMOE
 from converters.qwen2_moe import QWEN2_MOE
 from converters.qwen3_moe import QWEN3_MOE
+from converters.qwen3_vl_moe import QWEN3_VL_MOE
 from mopeq_edge.source.converter import Converter
 
 CONVERTERS: dict[str, Converter] = {
@@ -18,5 +19,6 @@ CONVERTERS: dict[str, Converter] = {
     "OlmoeForCausalLM": OLMOE,
     "Qwen2MoeForCausalLM": QWEN2_MOE,
     "Qwen3MoeForCausalLM": QWEN3_MOE,
+    "Qwen3VLMoeForConditionalGeneration": QWEN3_VL_MOE,
 }
 """Converters by the first name in ``architectures`` of a checkpoint's ``config.json``."""

@@ -41,8 +41,8 @@ class Experts:
     ``{prefix}.{e}.{matrix}.weight``, stacks are written in the order of ``matrices``.
 
     With ``packed`` they may also be two tensors of all experts, ``{prefix}.{gate_up}`` [n_expert, 2 ff, hidden]
-    (gate first) and ``{prefix}.{down}`` [n_expert, hidden, ff]; without ``single`` they are never anything else, and
-    the names in ``matrices`` are not used.
+    (gate first) and ``{prefix}.{down}`` [n_expert, hidden, ff], the last two axes the other way round if they are
+    ``transposed``; without ``single`` they are never anything else, and the names in ``matrices`` are not used.
     """
 
     prefix: str
@@ -51,12 +51,15 @@ class Experts:
     single: bool = True
     gate_up: str = "gate_up_proj"
     down: str = "down_proj"
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
 class Tables:
     """A family of checkpoints. ``layer(number)`` are the tensors of a block, by their name behind ``model.layers.N.``;
     ``sparse(number)`` whether it has routed experts. ``model`` are the tensors outside the blocks, by their whole name.
+
+    Tensors whose names begin with one of ``skipped`` are for something else.
 
     ``sizes`` needs ``hidden``, ``ff`` (of an expert) and ``expert``, and every name that an axis has.
     """
@@ -69,6 +72,7 @@ class Tables:
     n_layer: int
     sparse: Callable[[int], bool] = field(default=lambda _: True)
     layers_prefix: str = "model.layers."
+    skipped: tuple[str, ...] = ()
 
 
 _STACK_AXES: Mapping[str, tuple[str, ...]] = {
@@ -106,7 +110,7 @@ def recipes_of(tables: Tables, shapes: Shapes) -> list[Recipe]:
             waiting[layer].remove(name)
             if not waiting[layer]:
                 found.extend(_stacks(tables, layer, parts[layer]))
-        elif not name.endswith(_DERIVED):
+        elif not name.endswith(_DERIVED) and not name.startswith(tables.skipped):
             raise SourceError(f"tensor '{name}' is not known in {tables.family} of {n_layer} layers; update mopeq-edge")
     missing = {name for name in wanted if not rows[name][0].optional}
     for name in sorted(missing.union(*waiting.values())):
@@ -148,18 +152,18 @@ def _expert_parts(tables: Tables, layer: int, shapes: Shapes) -> dict[str, tuple
             which: tuple(Part(f"{prefix}.{e}.{matrix}.weight") for e in range(n_expert))
             for which, matrix in experts.matrices.items()
         }
-    for name, expected in ((gate_up, (n_expert, 2 * ff, hidden)), (down, (n_expert, hidden, ff))):
+    for name, matrix in ((gate_up, (2 * ff, hidden)), (down, (hidden, ff))):
+        expected = (n_expert, *(matrix[::-1] if experts.transposed else matrix))
         if shapes.get(name, expected) != expected:
             raise SourceError(
                 f"tensor '{name}' has shape {list(shapes[name])}, but config.json asks for {list(expected)}; "
                 "use the config.json of these weights"
             )
-    packed = {
-        "down": tuple(Part(down, e) for e in range(n_expert)),
-        "gate": tuple(Part(gate_up, e, (0, ff)) for e in range(n_expert)),
-        "up": tuple(Part(gate_up, e, (ff, 2 * ff)) for e in range(n_expert)),
+    where = {"down": (down, None), "gate": (gate_up, (0, ff)), "up": (gate_up, (ff, 2 * ff))}
+    return {
+        which: tuple(Part(where[which][0], e, where[which][1], transposed=experts.transposed) for e in range(n_expert))
+        for which in experts.matrices
     }
-    return {which: packed[which] for which in experts.matrices}
 
 
 def _stacks(tables: Tables, layer: int, parts: Mapping[str, tuple[Part, ...]]) -> list[Recipe]:

@@ -49,6 +49,11 @@ def source_of(name: str, directory: Path) -> HuggingFaceSource:
     return source
 
 
+def decoder(model: Any) -> Any:
+    """The module with ``embed_tokens``, ``layers`` and ``norm``."""
+    return getattr(model.model, "language_model", model.model)
+
+
 @pytest.mark.runtime
 @pytest.mark.parametrize("name", FAMILIES)
 def test_activations_are_those_of_llama_imatrix(name: str, tmp_path: Path, calibration_text: str) -> None:
@@ -108,19 +113,20 @@ def test_gradients_are_those_of_the_whole_model(name: str, tmp_path: Path, monke
     model = FAMILIES[name][1](tmp_path / "model").to(torch.float64)
     model.requires_grad_(False)
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    for full, module in model.named_modules():
-        parts = full.split(".")
-        own = MODULES.get(".".join(parts[3:])) if parts[:2] == ["model", "layers"] else None
-        if own is not None or full == "lm_head":
-            key = f"blk.{parts[2]}.{own}.weight" if own else "output.weight"
-            module.register_forward_hook(lambda _m, x, y, key=key: seen.update({key: (x[0].detach(), y)}))
+    watched = {"output.weight": model.lm_head}
+    for full, module in decoder(model).layers.named_modules():
+        layer, _, rest = full.partition(".")
+        if (own := MODULES.get(rest)) is not None:
+            watched[f"blk.{layer}.{own}.weight"] = module
+    for key, module in watched.items():
+        module.register_forward_hook(lambda _m, x, y, key=key: seen.update({key: (x[0].detach(), y)}))
     embedded: list[torch.Tensor] = []
 
     def leaf(_m: object, _x: object, y: torch.Tensor) -> torch.Tensor:
         embedded.append(y.detach().requires_grad_())
         return embedded[0]
 
-    model.model.embed_tokens.register_forward_hook(leaf)
+    decoder(model).embed_tokens.register_forward_hook(leaf)
     found = model(torch.from_numpy(windows).long())
     logits = found if isinstance(found, torch.Tensor) else found.logits
     chosen = torch.stack([labels[seed] for seed in sorted(labels)])
@@ -163,7 +169,7 @@ def test_loss_and_its_gradient_are_those_of_the_whole_model(name: str, tmp_path:
         into.append(args[0].detach().requires_grad_())
         return into[0]
 
-    model.model.norm.register_forward_pre_hook(leaf)
+    decoder(model).norm.register_forward_pre_hook(leaf)
     tokens = torch.from_numpy(windows).long()
     found = model(tokens)
     logits = found if isinstance(found, torch.Tensor) else found.logits

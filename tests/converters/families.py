@@ -114,6 +114,38 @@ def build_packed_qwen3_moe(directory: Path, dtype: str) -> Path:
     return build_qwen3_moe(directory, dtype, packed=True, tie_word_embeddings=True)
 
 
+def build_qwen3_vl_moe(directory: Path, dtype: str) -> Path:
+    """A vision model beside it, experts stored as released: [n_in, n_out], neither square nor of the other's shape."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    text = {
+        **{"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 2},
+        **{"moe_intermediate_size": 96, "max_position_embeddings": 256},
+        **{"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [6, 5, 5]},
+    }
+    vision = {
+        **{"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64},
+        **{"patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+    }
+    special = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    config = Qwen3VLMoeConfig(
+        text_config=text, vision_config=vision, **{key: VOCAB - 4 + at for at, key in enumerate(special)}
+    )
+    save(Qwen3VLMoeForConditionalGeneration(config), directory, dtype)
+    tensors = load_file(directory / "model.safetensors")
+    for name, expected in (("gate_up_proj", (8, 64, 192)), ("down_proj", (8, 96, 64))):
+        for key in [key for key in tensors if key.endswith(f"mlp.experts.{name}")]:
+            value = tensors[key]
+            tensors[key] = (value if value.shape == expected else value.transpose(1, 2)).contiguous()
+            assert tensors[key].shape == torch.Size(expected)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
 def build_deepseek_ocr(directory: Path, dtype: str) -> Path:
     """A dense first layer, shared experts."""
     import torch
@@ -135,6 +167,16 @@ def causal_model(directory: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, experts_implementation="eager").eval()
+
+
+def qwen3_vl_moe_model(directory: Path) -> Any:
+    """The whole model; what it does with text alone is asked of it."""
+    import torch
+    from transformers import Qwen3VLMoeForConditionalGeneration
+
+    return Qwen3VLMoeForConditionalGeneration.from_pretrained(
+        directory, dtype=torch.float32, experts_implementation="eager"
+    ).eval()
 
 
 def deepseek_ocr_model(directory: Path) -> Any:
@@ -187,6 +229,7 @@ FAMILIES: Mapping[str, tuple[Callable[[Path, str], Path], Callable[[Path], Any]]
     "qwen2-moe": (build_qwen2_moe, causal_model),
     "qwen3-moe": (build_qwen3_moe, causal_model),
     "qwen3-moe-packed-tied": (build_packed_qwen3_moe, causal_model),
+    "qwen3-vl-moe": (build_qwen3_vl_moe, qwen3_vl_moe_model),
     "deepseek-ocr": (build_deepseek_ocr, deepseek_ocr_model),
 }
 """How to write one, ``build(directory, dtype)``, and transformers' float32 model of the directory."""

@@ -75,6 +75,18 @@ CASES = {
         ),
         (*COMMON, "attention_bias", "use_sliding_window", "mlp_only_layers", "decoder_sparse_step"),
     ),
+    "qwen3-vl-moe": Case(
+        {
+            "model.language_model.layers.1.mlp.experts.gate_up_proj": " (layer 1, all experts)",
+            "model.language_model.layers.0.mlp.gate.weight": "",
+            "lm_head.weight": "",
+        },
+        (
+            *(("mlp_only_layers", [0]), ("decoder_sparse_step", 2), ("attention_bias", True), ("hidden_act", "gelu")),
+            ("head_dim", 0),
+        ),
+        (*COMMON, "attention_bias", "mlp_only_layers", "decoder_sparse_step"),
+    ),
 }
 
 
