@@ -10,6 +10,7 @@ from converters.olmoe import OLMOE
 from converters.qwen2_moe import QWEN2_MOE
 from converters.qwen3_moe import QWEN3_MOE
 from converters.qwen3_vl_moe import QWEN3_VL_MOE
+from converters.refused import REFUSED
 from mopeq_edge.source.converter import Converter
 
 CONVERTERS: dict[str, Converter] = {
@@ -20,5 +21,6 @@ CONVERTERS: dict[str, Converter] = {
     "Qwen2MoeForCausalLM": QWEN2_MOE,
     "Qwen3MoeForCausalLM": QWEN3_MOE,
     "Qwen3VLMoeForConditionalGeneration": QWEN3_VL_MOE,
+    **REFUSED,
 }
 """Converters by the first name in ``architectures`` of a checkpoint's ``config.json``."""
