@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from converters.key_values import add_text_parameters, as_kvs, need_number, start_writer
+from converters.key_values import add_text_parameters, as_kvs, need_number, start_writer, with_defaults
 from converters.tensor_table import Experts, Row, Shapes, Tables, check_only, recipes_of, sizes_of
 from converters.vocabulary import add_llama_vocabulary
 from mopeq_edge.gguf_file import KV
@@ -71,9 +71,7 @@ def _with_defaults(config: Config) -> Config:
         **{"max_position_embeddings": 4096 * 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5},
         **{"num_local_experts": 8, "num_experts_per_tok": 2},
     }
-    if not config.get("rope_parameters"):
-        assumed["rope_theta"] = 1e6
-    return {**assumed, **{key: value for key, value in config.items() if value is not None}}
+    return with_defaults(config, assumed, rope_theta=1e6)
 
 
 def _head_dim(config: Config) -> int:
