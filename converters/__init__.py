@@ -4,13 +4,23 @@ One module a family; this table is the only place that knows them all.
 """
 
 from converters.deepseek_ocr import DEEPSEEK_OCR
+from converters.granite_moe import GRANITE_MOE
 from converters.mixtral import MIXTRAL
 from converters.olmoe import OLMOE
+from converters.qwen2_moe import QWEN2_MOE
+from converters.qwen3_moe import QWEN3_MOE
+from converters.qwen3_vl_moe import QWEN3_VL_MOE
+from converters.refused import REFUSED
 from mopeq_edge.source.converter import Converter
 
 CONVERTERS: dict[str, Converter] = {
     "DeepseekOCRForCausalLM": DEEPSEEK_OCR,
+    "GraniteMoeForCausalLM": GRANITE_MOE,
     "MixtralForCausalLM": MIXTRAL,
     "OlmoeForCausalLM": OLMOE,
+    "Qwen2MoeForCausalLM": QWEN2_MOE,
+    "Qwen3MoeForCausalLM": QWEN3_MOE,
+    "Qwen3VLMoeForConditionalGeneration": QWEN3_VL_MOE,
+    **REFUSED,
 }
 """Converters by the first name in ``architectures`` of a checkpoint's ``config.json``."""

@@ -62,6 +62,11 @@ def need_number(config: Config, key: str) -> int:
     return value
 
 
+def with_defaults(config: Config, assumed: Mapping[str, Any], rope_theta: float = 10000.0) -> dict[str, Any]:
+    """``config`` with what transformers assumes where it says nothing. A rope's own settings come before the theta."""
+    return {"rope_theta": rope_theta, **assumed, **{key: value for key, value in config.items() if value is not None}}
+
+
 def start_writer(
     directory: Path, architecture: str, tensors: Sequence[SourceTensor], chat_template: str | None = None
 ) -> Any:
@@ -159,9 +164,18 @@ def _add_rope(writer: Any, config: Config) -> None:
             )
         writer.add_rope_scaling_type(scaling)
         _add_numbers(writer, rope, _ROPE_SCALING_NUMBERS if kind == "yarn" else _ROPE_SCALING_NUMBERS[:1])
+    if (sections := rope.get("mrope_section")) is not None:
+        writer.add_rope_dimension_sections(_sections(sections))
     theta = rope.get("rope_theta", config.get("rope_theta"))
     if theta is not None:
         writer.add_rope_freq_base(theta)
+
+
+def _sections(found: object) -> list[int]:
+    """Rotary pairs for time, height, width and something else: always four numbers in a GGUF."""
+    if not isinstance(found, list) or len(found) > 4 or not all(type(n) is int and n >= 0 for n in found):
+        raise SourceError(f"config.json has mrope_section {found!r}, expected up to four numbers of rotary pairs")
+    return [*found, *(0 for _ in range(4 - len(found)))]
 
 
 def _add_repetition_penalty(metadata: Any, directory: Path) -> None:

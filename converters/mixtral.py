@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from converters.key_values import add_text_parameters, as_kvs, need_number, start_writer
+from converters.key_values import add_text_parameters, as_kvs, need_number, start_writer, with_defaults
 from converters.tensor_table import Experts, Row, Shapes, Tables, check_only, recipes_of, sizes_of
-from converters.vocabulary import add_bpe_vocabulary
+from converters.vocabulary import add_llama_vocabulary
 from mopeq_edge.gguf_file import KV
-from mopeq_edge.source.checkpoint import read_json_object
 from mopeq_edge.source.converter import Config, Converter, Recipe, Skeleton
 from mopeq_edge.source.model import SourceTensor
 
@@ -33,8 +32,6 @@ _SIZES = {
     **{"hidden": "hidden_size", "ff": "intermediate_size", "expert": "num_local_experts", "vocab": "vocab_size"},
     **{"head": "num_attention_heads", "head_kv": "num_key_value_heads"},
 }
-_GRANITE_VOCABULARY = 49152
-"""llama.cpp's converter never adds BOS to a vocabulary of this size."""
 
 
 def recipes(config: Config, shapes: Shapes) -> list[Recipe]:
@@ -61,11 +58,7 @@ def key_values(
     writer = start_writer(directory, ARCHITECTURE, tensors)
     extras: list[tuple[str, Any]] = [("add_vocab_size", n_vocab), ("add_rope_dimension_count", _head_dim(config))]
     add_text_parameters(writer, config, file_type, extras)
-    settings = directory / "tokenizer_config.json"
-    prefix = read_json_object(settings).get("add_prefix_space") if settings.is_file() else None
-    if prefix is not None:
-        writer.add_add_space_prefix(prefix)
-    add_bpe_vocabulary(writer, directory, n_vocab, pre, add_bos=False if n_vocab == _GRANITE_VOCABULARY else None)
+    add_llama_vocabulary(writer, directory, n_vocab, pre)
     return as_kvs(writer)
 
 
@@ -78,9 +71,7 @@ def _with_defaults(config: Config) -> Config:
         **{"max_position_embeddings": 4096 * 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5},
         **{"num_local_experts": 8, "num_experts_per_tok": 2},
     }
-    if not config.get("rope_parameters"):
-        assumed["rope_theta"] = 1e6
-    return {**assumed, **{key: value for key, value in config.items() if value is not None}}
+    return with_defaults(config, assumed, rope_theta=1e6)
 
 
 def _head_dim(config: Config) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from converters.key_values import add_text_parameters, as_kvs, need_number, start_writer
+from converters.key_values import add_text_parameters, as_kvs, need_number, start_writer, with_defaults
 from converters.tensor_table import Experts, Row, Shapes, Tables, check_only, recipes_of, sizes_of
 from converters.vocabulary import add_bpe_vocabulary
 from mopeq_edge.gguf_file import KV
@@ -55,12 +55,10 @@ def key_values(
     """Key-values as llama.cpp's converter writes them."""
     # what transformers' OlmoeConfig assumes where config.json says nothing
     assumed = {
-        "max_position_embeddings": 4096,
+        **{"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
         "num_key_value_heads": config.get("num_attention_heads"),
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
     }
-    config = {**assumed, **{key: value for key, value in config.items() if value is not None}}
+    config = with_defaults(config, assumed)
     writer = start_writer(directory, ARCHITECTURE, tensors)
     add_text_parameters(writer, config, file_type)
     add_bpe_vocabulary(writer, directory, need_number(config, "vocab_size"), pre)

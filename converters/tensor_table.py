@@ -40,19 +40,26 @@ class Experts:
     """Where the routed experts of a layer are: matrix ``matrices[projection]`` of expert e is the checkpoint's
     ``{prefix}.{e}.{matrix}.weight``, stacks are written in the order of ``matrices``.
 
-    With ``packed`` they may also be two tensors of all experts, ``{prefix}.gate_up_proj`` [n_expert, 2 ff, hidden]
-    (gate first) and ``{prefix}.down_proj`` [n_expert, hidden, ff].
+    With ``packed`` they may also be two tensors of all experts, ``{prefix}.{gate_up}`` [n_expert, 2 ff, hidden]
+    (gate first) and ``{prefix}.{down}`` [n_expert, hidden, ff], the last two axes the other way round if they are
+    ``transposed``; without ``single`` they are never anything else, and the names in ``matrices`` are not used.
     """
 
     prefix: str
     matrices: Mapping[str, str]
     packed: bool = False
+    single: bool = True
+    gate_up: str = "gate_up_proj"
+    down: str = "down_proj"
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
 class Tables:
     """A family of checkpoints. ``layer(number)`` are the tensors of a block, by their name behind ``model.layers.N.``;
     ``sparse(number)`` whether it has routed experts. ``model`` are the tensors outside the blocks, by their whole name.
+
+    Tensors whose names begin with one of ``skipped`` are for something else.
 
     ``sizes`` needs ``hidden``, ``ff`` (of an expert) and ``expert``, and every name that an axis has.
     """
@@ -65,6 +72,7 @@ class Tables:
     n_layer: int
     sparse: Callable[[int], bool] = field(default=lambda _: True)
     layers_prefix: str = "model.layers."
+    skipped: tuple[str, ...] = ()
 
 
 _STACK_AXES: Mapping[str, tuple[str, ...]] = {
@@ -102,7 +110,7 @@ def recipes_of(tables: Tables, shapes: Shapes) -> list[Recipe]:
             waiting[layer].remove(name)
             if not waiting[layer]:
                 found.extend(_stacks(tables, layer, parts[layer]))
-        elif not name.endswith(_DERIVED):
+        elif not name.endswith(_DERIVED) and not name.startswith(tables.skipped):
             raise SourceError(f"tensor '{name}' is not known in {tables.family} of {n_layer} layers; update mopeq-edge")
     missing = {name for name in wanted if not rows[name][0].optional}
     for name in sorted(missing.union(*waiting.values())):
@@ -116,8 +124,8 @@ def check_only(config: Config, only: Mapping[str, object], computed_as: str) -> 
         if (found := config.get(key)) not in (None, value):
             expected = "none" if value is None else value
             raise SourceError(
-                f"config.json has {key} {found!r}, expected {expected}: llama.cpp computes {computed_as} without it, "
-                "so no GGUF of this checkpoint would be right"
+                f"config.json has {key} {found!r}, expected {expected}: llama.cpp computes {computed_as} like that "
+                "only, so no GGUF of this checkpoint would be right"
             )
 
 
@@ -137,25 +145,25 @@ def _expert_parts(tables: Tables, layer: int, shapes: Shapes) -> dict[str, tuple
     sizes, experts = tables.sizes, tables.experts
     n_expert, hidden, ff = sizes["expert"], sizes["hidden"], sizes["ff"]
     prefix = f"{tables.layers_prefix}{layer}.{experts.prefix}"
-    gate_up, down = f"{prefix}.gate_up_proj", f"{prefix}.down_proj"
-    if not experts.packed or (gate_up not in shapes and down not in shapes):
+    gate_up, down = f"{prefix}.{experts.gate_up}", f"{prefix}.{experts.down}"
+    if experts.single and (not experts.packed or (gate_up not in shapes and down not in shapes)):
         check_count("num_experts", n_expert, shapes)
         return {
             which: tuple(Part(f"{prefix}.{e}.{matrix}.weight") for e in range(n_expert))
             for which, matrix in experts.matrices.items()
         }
-    for name, expected in ((gate_up, (n_expert, 2 * ff, hidden)), (down, (n_expert, hidden, ff))):
+    for name, matrix in ((gate_up, (2 * ff, hidden)), (down, (hidden, ff))):
+        expected = (n_expert, *(matrix[::-1] if experts.transposed else matrix))
         if shapes.get(name, expected) != expected:
             raise SourceError(
                 f"tensor '{name}' has shape {list(shapes[name])}, but config.json asks for {list(expected)}; "
                 "use the config.json of these weights"
             )
-    packed = {
-        "down": tuple(Part(down, e) for e in range(n_expert)),
-        "gate": tuple(Part(gate_up, e, (0, ff)) for e in range(n_expert)),
-        "up": tuple(Part(gate_up, e, (ff, 2 * ff)) for e in range(n_expert)),
+    where = {"down": (down, None), "gate": (gate_up, (0, ff)), "up": (gate_up, (ff, 2 * ff))}
+    return {
+        which: tuple(Part(where[which][0], e, where[which][1], transposed=experts.transposed) for e in range(n_expert))
+        for which in experts.matrices
     }
-    return {which: packed[which] for which in experts.matrices}
 
 
 def _stacks(tables: Tables, layer: int, parts: Mapping[str, tuple[Part, ...]]) -> list[Recipe]:
@@ -168,7 +176,7 @@ def _stacks(tables: Tables, layer: int, parts: Mapping[str, tuple[Part, ...]]) -
 def _whose(tables: Tables, name: str) -> str:
     """The layer and expert of a tensor of the routed experts, for people."""
     experts = tables.experts
-    match = re.match(rf"^{re.escape(tables.layers_prefix)}(\d+)\.{re.escape(experts.prefix)}\.(?:(\d+)\.)?", name)
-    if match is None:
+    match = re.match(rf"^{re.escape(tables.layers_prefix)}(\d+)\.{re.escape(experts.prefix)}\.((\d+)?.*)", name)
+    if match is None or not (match[3] or match[2] in (experts.gate_up, experts.down)):
         return ""
-    return f" (layer {match[1]}, expert {match[2]})" if match[2] else f" (layer {match[1]}, all experts)"
+    return f" (layer {match[1]}, expert {match[3]})" if match[3] else f" (layer {match[1]}, all experts)"

@@ -12,6 +12,9 @@ from converters.pre_tokenizer import pre_tokenizer_name
 from mopeq_edge.errors import SourceError
 from mopeq_edge.source.checkpoint import read_json_object
 
+_GRANITE_SMALL = 49152
+"""llama.cpp's converter of the Llama kind never adds BOS to a vocabulary of this size."""
+
 _SPECIAL = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 _SPECIAL_ENDS = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
 
@@ -49,6 +52,15 @@ def add_bpe_vocabulary(
     special.add_to_gguf(writer, quiet=True)
     if add_bos is not None:
         writer.add_add_bos_token(add_bos)
+
+
+def add_llama_vocabulary(writer: Any, directory: Path, vocab_size: int, pre: str | None) -> None:
+    """:func:`add_bpe_vocabulary` for the families that llama.cpp's converter derives from Llama."""
+    settings = directory / "tokenizer_config.json"
+    prefix = read_json_object(settings).get("add_prefix_space") if settings.is_file() else None
+    if prefix is not None:
+        writer.add_add_space_prefix(prefix)
+    add_bpe_vocabulary(writer, directory, vocab_size, pre, add_bos=False if vocab_size == _GRANITE_SMALL else None)
 
 
 def load_tokenizer(directory: Path) -> Any:

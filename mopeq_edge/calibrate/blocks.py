@@ -42,6 +42,12 @@ class BlockModel:
         self.n_layer = len(self._layers)
         self.n_embd = int(config.hidden_size)
         self.n_vocab = int(config.vocab_size)
+        skeleton = source.skeleton
+        multiplier, divisor = skeleton.embedding_multiplier, skeleton.logits_divisor
+        self.embedding_scale = 1.0 if multiplier is None else float(getattr(config, multiplier))
+        """What the rows of the embedding are multiplied by."""
+        self.logits_scale = 1.0 if divisor is None else 1.0 / float(getattr(config, divisor))
+        """What the output matrix's products are multiplied by to be logits."""
         self._by_name = {t.name: t for t in source.tensors}
         self._gguf_name = {
             recipe.parts[0].tensor: name
@@ -50,11 +56,11 @@ class BlockModel:
         }
 
     def embed(self, tokens: npt.NDArray[np.int32]) -> Tensor:
-        """Rows of the token embedding [n_tokens, n_embd]; reads only the rows that occur."""
+        """Rows of the token embedding, scaled, [n_tokens, n_embd]; reads only the rows that occur."""
         table = self._by_name["token_embd.weight"]
         ids, inverse = np.unique(tokens, return_inverse=True)
         rows = read_rows(self.source, table, 0, ids)
-        return torch.from_numpy(rows)[torch.from_numpy(inverse.reshape(-1))]
+        return torch.from_numpy(rows)[torch.from_numpy(inverse.reshape(-1))].mul_(self.embedding_scale)
 
     @property
     def output_name(self) -> str:
@@ -78,10 +84,12 @@ class BlockModel:
         ``change`` may alter the experts' weights, of this call only.
         """
         block: Any = self._layers[layer]
+        where, _, attribute = self.source.skeleton.experts.rpartition(".")
+        ffn = block.get_submodule(where)
         # a dense layer has none
-        original = getattr(block.mlp, "experts", None)
+        original = getattr(ffn, attribute, None)
         if original is not None:
-            block.mlp.experts = RoutedExperts(self._experts(layer, change), original.act_fn, self.tap)
+            setattr(ffn, attribute, RoutedExperts(self._experts(layer, change), original.act_fn, self.tap))
         hooks = []
         try:
             prefix = f"{self._prefix}layers.{layer}."
@@ -95,7 +103,7 @@ class BlockModel:
             for hook in hooks:
                 hook.remove()
             if original is not None:
-                block.mlp.experts = original
+                setattr(ffn, attribute, original)
             block.to("meta")
 
     @contextmanager

@@ -141,9 +141,9 @@ def loss_gradient(run: Run) -> float:
             labels = torch.from_numpy(run.windows[window, 1:]).long()[:, None]
             loss, g = 0.0, torch.zeros_like(x)
             for part in token_parts(len(labels), run.model.n_vocab):
-                log_p = torch.log_softmax(x.detach()[part] @ matrix.T, dim=-1)
+                log_p = torch.log_softmax((x.detach()[part] @ matrix.T).mul_(run.model.logits_scale), dim=-1)
                 loss -= float(log_p.gather(1, labels[part]).sum(dtype=torch.float64))
-                g[part] = _minus_label(log_p.exp_(), labels[part]) @ matrix / run.n_predicted
+                g[part] = _minus_label(log_p.exp_(), labels[part]) @ matrix * run.model.logits_scale / run.n_predicted
             (upstream,) = torch.autograd.grad(x, h, g)
             run.states.put(run.top, window, upstream)
             return loss

@@ -114,7 +114,8 @@ def output_sums(
                 generator = torch.Generator().manual_seed(seed + window)
                 below = torch.empty_like(flat)
                 for part in token_parts(flat.shape[0], model.n_vocab):
-                    g = _sampled_gradient(flat.detach()[part] @ matrix.T, generator)
+                    logits = (flat.detach()[part] @ matrix.T).mul_(model.logits_scale)
+                    g = _sampled_gradient(logits, generator).mul_(model.logits_scale)
                     recorder.saw_gradient(name, flat[part], g)
                     below[part] = g @ matrix
                 (upstream,) = torch.autograd.grad(flat, h, below)
@@ -132,8 +133,8 @@ def backward(
 ) -> tuple[Sums, Doubles]:
     """Gradients through all blocks from last to first; slot n_layer holds the gradient to start from.
 
-    Each block is run again from its kept input. Returns the gradient sums of all matrices and, for the
-    token embedding, sum_t g_tj^2 [n_embd].
+    Each block is run again from its kept input. Returns the gradient sums of all matrices and, for the rows of the
+    token embedding before they are scaled, sum_t g_tj^2 [n_embd].
     """
     n_windows, n_ctx = windows.shape
     sums = Sums()
@@ -148,7 +149,7 @@ def backward(
     embedding = np.zeros(model.n_embd)
     for window in range(n_windows):
         embedding += states.get(top, window).reshape(-1, model.n_embd).square().sum(dim=0, dtype=torch.float64).numpy()
-    return sums, embedding
+    return sums, embedding * model.embedding_scale**2
 
 
 def _forward_window(

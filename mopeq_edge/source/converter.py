@@ -22,8 +22,9 @@ Config = Mapping[str, Any]
 class Part:
     """Where one matrix comes from in the checkpoint: a tensor, or a piece of one.
 
-    ``expert`` picks along the first axis of a packed tensor [n_expert, …]; ``rows`` then picks along the
-    first axis of what is left (the gate half of a packed gate_up). ``heads`` is set for a q or k whose rows
+    ``expert`` picks along the first axis of a packed tensor [n_expert, …]; ``transposed`` says that what is left is
+    stored as [n_in, n_out] and makes it [n_out, n_in]; ``rows`` then picks along its first axis (the gate half of a
+    packed gate_up). ``heads`` is set for a q or k whose rows
     llama.cpp's rope wants in another order: of each of so many heads, row i of the first half and row i of the
     second half in turn.
     """
@@ -32,6 +33,7 @@ class Part:
     expert: int | None = None
     rows: tuple[int, int] | None = None
     heads: int | None = None
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,18 @@ class Skeleton:
     ``base(directory, config)`` builds configuration and decoder (with ``layers``, ``norm`` and ``rotary_emb``) on the
     meta device, so without weights; None leaves both to transformers' own tables. ``prefix`` stands before the
     decoder's tensors in the checkpoint; ``renamed`` are beginnings of names inside a block that differ: the module's,
-    then the checkpoint's.
+    then the checkpoint's. ``experts`` is where a block has its routed experts.
+
+    ``embedding_multiplier`` and ``logits_divisor`` name the numbers in transformers' configuration that multiply the
+    embeddings and divide the logits, for a family that has them; what is inside a block its own module computes.
     """
 
     base: Callable[[Path, Config], tuple[Any, Any]] | None = None
     prefix: str = "model."
     renamed: Mapping[str, str] = field(default_factory=dict)
+    experts: str = "mlp.experts"
+    embedding_multiplier: str | None = None
+    logits_divisor: str | None = None
 
 
 @dataclass(frozen=True)

@@ -75,14 +75,23 @@ class HuggingFaceSource:
         """Bytes [n_rows, row bytes] as the checkpoint has them, in the GGUF's order of rows, and their type."""
         name, start, stop = self._piece(tensor, matrix, rows)
         part = self.hf_tensor_of[tensor.name].parts[matrix]
+        if part.transposed:
+            return self._columns(part, start, stop), self.checkpoint.dtype(name)
         if part.heads is None:
             return self.checkpoint.read_stored(name, start, stop), self.checkpoint.dtype(name)
         first, n_rows = self._rows_of(part)
         whole = self.checkpoint.read_stored(name, first, first + n_rows)
         return whole[interleaved_halves(n_rows, part.heads)[start - first : stop - first]], self.checkpoint.dtype(name)
 
+    def _columns(self, part: Part, start: int, stop: int) -> Bytes:
+        """Columns of what the checkpoint has as [n_in, n_out], as rows; reads all of one expert."""
+        *_, n_in, n_out = self.checkpoint.shape(part.tensor)
+        first = (part.expert or 0) * n_in
+        stored = self.checkpoint.read_stored(part.tensor, first, first + n_in).reshape(n_in, n_out, -1)
+        return np.ascontiguousarray(stored[:, start:stop].swapaxes(0, 1)).reshape(stop - start, n_in * stored.shape[2])
+
     def _piece(self, tensor: SourceTensor, matrix: int, rows: slice | None) -> tuple[str, int, int]:
-        """(checkpoint tensor, first row, last row + 1); rows over all axes but the last."""
+        """(checkpoint tensor, first row, last row + 1); rows over all axes but the last, or columns if transposed."""
         part = self.hf_tensor_of[tensor.name].parts[matrix]
         first, n_rows = self._rows_of(part)
         start, stop, step = (rows or slice(None)).indices(n_rows)
@@ -91,10 +100,12 @@ class HuggingFaceSource:
         return part.tensor, first + start, first + max(start, stop)
 
     def _rows_of(self, part: Part) -> tuple[int, int]:
-        """First row and number of rows of ``part`` in its tensor seen as a matrix."""
+        """First row and number of rows of ``part`` in its tensor seen as a matrix; columns if it is transposed."""
         shape = self.checkpoint.shape(part.tensor)
         first, n_rows = 0, math.prod(shape[:-1])
-        if part.expert is not None:
+        if part.transposed:
+            n_rows = shape[-1]
+        elif part.expert is not None:
             n_rows = math.prod(shape[1:-1])
             first = part.expert * n_rows
         if part.rows is not None:
@@ -127,6 +138,8 @@ class HuggingFaceSource:
         shape = list(self.checkpoint.shape(part.tensor))
         if part.expert is not None:
             shape = shape[1:] if shape and part.expert < shape[0] else []
+        if part.transposed:
+            shape = shape[::-1]
         if part.rows is not None and shape:
             shape = [part.rows[1] - part.rows[0], *shape[1:]] if part.rows[1] <= shape[0] else []
         return shape

@@ -11,7 +11,11 @@ import torch
 
 from converters import CONVERTERS
 from mopeq_edge.calibrate import passes
+from mopeq_edge.calibrate.blocks import BlockModel
+from mopeq_edge.calibrate.curvature import Run, record_choices
+from mopeq_edge.calibrate.passes import one_torch_thread
 from mopeq_edge.calibrate.run import calibrate, calibrate_text
+from mopeq_edge.calibrate.states import HiddenStates
 from mopeq_edge.emit import emit
 from mopeq_edge.ggml.library import load_ggml
 from mopeq_edge.ggml.types import F32
@@ -31,6 +35,8 @@ MODULES = {
         for ours, theirs in zip("qkvo", ("q", "k", "v", "output"), strict=True)
     },
     **{f"mlp.{which}_proj": f"ffn_{which}" for which in ("gate", "up", "down")},
+    **{f"mlp.shared_expert.{which}_proj": f"ffn_{which}_shexp" for which in ("gate", "up", "down")},
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
     **{f"mlp.shared_experts.{which}_proj": f"ffn_{which}_shexp" for which in ("gate", "up", "down")},
 }
 """Linear maps of a block, as transformers' modules and in GGUF; experts are compared in the tests of OLMoE."""
@@ -41,6 +47,11 @@ def source_of(name: str, directory: Path) -> HuggingFaceSource:
     source = open_source(build(directory, "float32"), CONVERTERS, pre="gpt-2")
     assert isinstance(source, HuggingFaceSource)
     return source
+
+
+def decoder(model: Any) -> Any:
+    """The module with ``embed_tokens``, ``layers`` and ``norm``."""
+    return getattr(model.model, "language_model", model.model)
 
 
 @pytest.mark.runtime
@@ -71,7 +82,7 @@ def test_activations_are_those_of_llama_imatrix(name: str, tmp_path: Path, calib
     ).activation
     assert ours is not None
     # llama-imatrix leaves out an output matrix that is the embedding
-    assert ours.entries.keys() - theirs.entries.keys() == ({EMBEDDING} if name == "mixtral-tied" else set())
+    assert ours.entries.keys() - theirs.entries.keys() == ({EMBEDDING} if name.endswith("-tied") else set())
     assert theirs.entries.keys() <= ours.entries.keys()
     for key, entry in theirs.entries.items():
         np.testing.assert_array_equal(ours.entries[key].counts, entry.counts, err_msg=key)
@@ -102,19 +113,20 @@ def test_gradients_are_those_of_the_whole_model(name: str, tmp_path: Path, monke
     model = FAMILIES[name][1](tmp_path / "model").to(torch.float64)
     model.requires_grad_(False)
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    for full, module in model.named_modules():
-        parts = full.split(".")
-        own = MODULES.get(".".join(parts[3:])) if parts[:2] == ["model", "layers"] else None
-        if own is not None or full == "lm_head":
-            key = f"blk.{parts[2]}.{own}.weight" if own else "output.weight"
-            module.register_forward_hook(lambda _m, x, y, key=key: seen.update({key: (x[0].detach(), y)}))
+    watched = {"output.weight": model.lm_head}
+    for full, module in decoder(model).layers.named_modules():
+        layer, _, rest = full.partition(".")
+        if (own := MODULES.get(rest)) is not None:
+            watched[f"blk.{layer}.{own}.weight"] = module
+    for key, module in watched.items():
+        module.register_forward_hook(lambda _m, x, y, key=key: seen.update({key: (x[0].detach(), y)}))
     embedded: list[torch.Tensor] = []
 
     def leaf(_m: object, _x: object, y: torch.Tensor) -> torch.Tensor:
         embedded.append(y.detach().requires_grad_())
         return embedded[0]
 
-    model.model.embed_tokens.register_forward_hook(leaf)
+    decoder(model).embed_tokens.register_forward_hook(leaf)
     found = model(torch.from_numpy(windows).long())
     logits = found if isinstance(found, torch.Tensor) else found.logits
     chosen = torch.stack([labels[seed] for seed in sorted(labels)])
@@ -126,7 +138,7 @@ def test_gradients_are_those_of_the_whole_model(name: str, tmp_path: Path, monke
     }
     x2 = {key: x.flatten(0, -2).square().sum(0).numpy() for key, (x, _) in seen.items()}
     lookups = at_embedding.square().flatten(0, 1).sum(0).numpy()
-    if name == "mixtral-tied":
+    if name.endswith("-tied"):
         expected |= {EMBEDDING: expected.pop("output.weight"), LOOKUP: lookups}
         x2[EMBEDDING] = x2.pop("output.weight")
     else:
@@ -136,3 +148,32 @@ def test_gradients_are_those_of_the_whole_model(name: str, tmp_path: Path, monke
         np.testing.assert_allclose(ours.entries[key].sums[0] * ours.scale, want, rtol=2e-4, err_msg=key)
     for key, want in x2.items():
         np.testing.assert_allclose(activations.entries[key].sums[0], want, rtol=2e-4, err_msg=key)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_loss_and_its_gradient_are_those_of_the_whole_model(name: str, tmp_path: Path) -> None:
+    """What the trace differentiates: the loss in nats per predicted token, its gradient at the final norm's input."""
+    source = source_of(name, tmp_path / "model")
+    windows = np.random.default_rng(1).integers(0, 4096, (2, 20)).astype(np.int32)
+    blocks = BlockModel(source)
+    states = HiddenStates(blocks.n_layer + 1, *windows.shape, blocks.n_embd, tmp_path)
+    with one_torch_thread(), QUIET.step("", 1) as step:
+        choices = record_choices(Run(blocks, windows, states, 1, step))
+    got = np.stack([states.get(blocks.n_layer, window).reshape(-1, blocks.n_embd).numpy() for window in range(2)])
+
+    model = FAMILIES[name][1](tmp_path / "model").to(torch.float64)
+    model.requires_grad_(False)
+    into: list[torch.Tensor] = []
+
+    def leaf(_module: object, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        into.append(args[0].detach().requires_grad_())
+        return into[0]
+
+    decoder(model).norm.register_forward_pre_hook(leaf)
+    tokens = torch.from_numpy(windows).long()
+    found = model(tokens)
+    logits = found if isinstance(found, torch.Tensor) else found.logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    (want,) = torch.autograd.grad(loss, into[0])
+    assert choices.loss == pytest.approx(loss.item(), rel=1e-6)
+    np.testing.assert_allclose(got, want.numpy(), rtol=1e-3, atol=1e-5 * float(want.abs().max()))

@@ -20,7 +20,8 @@ def spread(model: Any) -> None:
     torch.manual_seed(0)
     for name, value in model.named_parameters():
         noise = torch.randn_like(value)
-        value.data = 1 + 0.1 * noise if "norm" in name else noise * (0.5 if name.endswith("gate.weight") else 0.08)
+        router = name.endswith(("gate.weight", "router.weight"))
+        value.data = 1 + 0.1 * noise if "norm" in name else noise * (0.5 if router else 0.08)
 
 
 def add_tokenizer(directory: Path) -> Path:
@@ -29,9 +30,26 @@ def add_tokenizer(directory: Path) -> Path:
     return directory
 
 
+def save(model: Any, directory: Path, dtype: str, as_in_memory: bool = False) -> Path:
+    """Spread the weights of ``model`` and save it as transformers does, with the bundled tokenizer.
+
+    ``as_in_memory`` keeps the experts of a layer in two tensors.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    spread(model)
+    model.to(getattr(torch, dtype)).save_pretrained(directory)
+    if as_in_memory:
+        names = {name for name, _ in model.named_parameters()}
+        tensors = {name: value for name, value in model.state_dict().items() if name in names}
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    return add_tokenizer(directory)
+
+
 def build_mixtral(directory: Path, dtype: str, **config: Any) -> Path:
     """Grouped queries, heads wider than the hidden size has room for."""
-    import torch
     from transformers import MixtralConfig, MixtralForCausalLM
 
     settings: dict[str, Any] = {
@@ -40,28 +58,106 @@ def build_mixtral(directory: Path, dtype: str, **config: Any) -> Path:
         **{"max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0},
         "sliding_window": None,
     }
-    model = MixtralForCausalLM(MixtralConfig(**{**settings, **config}))
-    spread(model)
-    model.to(getattr(torch, dtype)).save_pretrained(directory)
-    (directory / "generation_config.json").unlink(missing_ok=True)
-    return add_tokenizer(directory)
+    return save(MixtralForCausalLM(MixtralConfig(**{**settings, **config})), directory, dtype)
 
 
 def build_tied_mixtral(directory: Path, dtype: str) -> Path:
     return build_mixtral(directory, dtype, tie_word_embeddings=True, num_key_value_heads=4, head_dim=16)
 
 
+def build_granite_moe(directory: Path, dtype: str, **config: Any) -> Path:
+    """Multipliers far from one, grouped queries."""
+    from transformers import GraniteMoeConfig, GraniteMoeForCausalLM
+
+    settings: dict[str, Any] = {
+        **{"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2},
+        **{"attention_multiplier": 0.4, "embedding_multiplier": 12, "residual_multiplier": 0.22},
+        **{"logits_scaling": 0.7, "max_position_embeddings": 256},
+        **{"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0},
+    }
+    return save(GraniteMoeForCausalLM(GraniteMoeConfig(**{**settings, **config})), directory, dtype)
+
+
+def build_tied_granite_moe(directory: Path, dtype: str) -> Path:
+    return build_granite_moe(directory, dtype, tie_word_embeddings=True, attention_multiplier=0.25)
+
+
+def build_qwen2_moe(directory: Path, dtype: str) -> Path:
+    """Biases, a shared expert of another width than the routed ones, grouped queries."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    config = Qwen2MoeConfig(
+        **{"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 2},
+        **{"moe_intermediate_size": 32, "shared_expert_intermediate_size": 96, "max_position_embeddings": 256},
+        **{"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0},
+    )
+    return save(Qwen2MoeForCausalLM(config), directory, dtype)
+
+
+def build_qwen3_moe(directory: Path, dtype: str, packed: bool = False, **config: Any) -> Path:
+    """Grouped queries, heads wider than the hidden size has room for, norms of q and k that differ by channel."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    settings: dict[str, Any] = {
+        **{"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 2},
+        **{"moe_intermediate_size": 32, "norm_topk_prob": True, "max_position_embeddings": 256},
+        **{"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0},
+    }
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**settings, **config}))
+    return save(model, directory, dtype, as_in_memory=packed)
+
+
+def build_packed_qwen3_moe(directory: Path, dtype: str) -> Path:
+    return build_qwen3_moe(directory, dtype, packed=True, tie_word_embeddings=True)
+
+
+def build_qwen3_vl_moe(directory: Path, dtype: str) -> Path:
+    """A vision model beside it, experts stored as released: [n_in, n_out], neither square nor of the other's shape."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    text = {
+        **{"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 2},
+        **{"moe_intermediate_size": 96, "max_position_embeddings": 256},
+        **{"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [6, 5, 5]},
+    }
+    vision = {
+        **{"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64},
+        **{"patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+    }
+    special = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    config = Qwen3VLMoeConfig(
+        text_config=text, vision_config=vision, **{key: VOCAB - 4 + at for at, key in enumerate(special)}
+    )
+    save(Qwen3VLMoeForConditionalGeneration(config), directory, dtype)
+    tensors = load_file(directory / "model.safetensors")
+    for name, expected in (("gate_up_proj", (8, 64, 192)), ("down_proj", (8, 96, 64))):
+        for key in [key for key in tensors if key.endswith(f"mlp.experts.{name}")]:
+            value = tensors[key]
+            tensors[key] = (value if value.shape == expected else value.transpose(1, 2)).contiguous()
+            assert tensors[key].shape == torch.Size(expected)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
 def build_deepseek_ocr(directory: Path, dtype: str) -> Path:
     """A dense first layer, shared experts."""
     import torch
 
-    from tools.tiny_models import DEEPSEEK, Shape, make_model, save
+    from tools.tiny_models import DEEPSEEK, Shape, make_model
+    from tools.tiny_models import save as save_released
 
     shape = Shape(DEEPSEEK, layers=3, experts=6, used=2, hidden=64, ff=32, shared=2, window=64)
     model = make_model(shape)
     spread(model)
     directory.mkdir(parents=True)
-    save(model, shape, directory, getattr(torch, dtype))
+    save_released(model, shape, directory, getattr(torch, dtype))
     return add_tokenizer(directory)
 
 
@@ -71,6 +167,16 @@ def causal_model(directory: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, experts_implementation="eager").eval()
+
+
+def qwen3_vl_moe_model(directory: Path) -> Any:
+    """The whole model; what it does with text alone is asked of it."""
+    import torch
+    from transformers import Qwen3VLMoeForConditionalGeneration
+
+    return Qwen3VLMoeForConditionalGeneration.from_pretrained(
+        directory, dtype=torch.float32, experts_implementation="eager"
+    ).eval()
 
 
 def deepseek_ocr_model(directory: Path) -> Any:
@@ -118,6 +224,12 @@ def logits(model: Any, tokens: list[int]) -> Any:
 FAMILIES: Mapping[str, tuple[Callable[[Path, str], Path], Callable[[Path], Any]]] = {
     "mixtral": (build_mixtral, causal_model),
     "mixtral-tied": (build_tied_mixtral, causal_model),
+    "granite-moe": (build_granite_moe, causal_model),
+    "granite-moe-tied": (build_tied_granite_moe, causal_model),
+    "qwen2-moe": (build_qwen2_moe, causal_model),
+    "qwen3-moe": (build_qwen3_moe, causal_model),
+    "qwen3-moe-packed-tied": (build_packed_qwen3_moe, causal_model),
+    "qwen3-vl-moe": (build_qwen3_vl_moe, qwen3_vl_moe_model),
     "deepseek-ocr": (build_deepseek_ocr, deepseek_ocr_model),
 }
 """How to write one, ``build(directory, dtype)``, and transformers' float32 model of the directory."""

@@ -59,6 +59,16 @@ def test_rope() -> None:
             parameters(rope_scaling=broken)
 
 
+def test_rope_sections() -> None:
+    def found(sections: object) -> Any:
+        return parameters(rope_parameters={"mrope_section": sections, "rope_theta": 1e6})["rope.dimension_sections"]
+
+    assert (found([24, 20, 20]), found([8, 4, 4, 2]), found([])) == ([24, 20, 20, 0], [8, 4, 4, 2], [0, 0, 0, 0])
+    for bad in ([1, 2, 3, 4, 5], [1.5], [-1], "24", 24):
+        with pytest.raises(SourceError, match=r"config.json has mrope_section .*, expected up to four numbers"):
+            found(bad)
+
+
 def test_model_card(tmp_path: Path) -> None:
     assert described(tmp_path / "Some-MoE-v2")["general.name"] == "Some MoE v2"
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\nlanguage:\n- no\n---\n# A model\n")
