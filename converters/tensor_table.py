@@ -36,6 +36,27 @@ class Row:
 
 
 @dataclass(frozen=True)
+class HeadStack:
+    """One GGUF tensor of a matrix a head: ``rows`` (a size) rows of each, or with ``transposed`` their transpose."""
+
+    name: str
+    rows: str
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class PerHead:
+    """A tensor of the checkpoint that has the rows of one head after the other, ``columns`` wide.
+
+    ``heads`` is the size that counts them; within a head the rows of each of ``stacks`` follow each other.
+    """
+
+    heads: str
+    columns: str
+    stacks: tuple[HeadStack, ...]
+
+
+@dataclass(frozen=True)
 class Experts:
     """Where the routed experts of a layer are: matrix ``matrices[projection]`` of expert e is the checkpoint's
     ``{prefix}.{e}.{matrix}.weight``, stacks are written in the order of ``matrices``.
@@ -55,16 +76,18 @@ class Tables:
     ``sparse(number)`` whether it has routed experts. ``model`` are the tensors outside the blocks, by their whole name.
 
     ``sizes`` needs ``hidden``, ``ff`` (of an expert) and ``expert``, and every name that an axis has.
+    ``left_out(name)`` is true for what llama.cpp's converter does not write.
     """
 
     family: str
     model: Mapping[str, Row]
-    layer: Callable[[int], Mapping[str, Row]]
+    layer: Callable[[int], Mapping[str, Row | PerHead]]
     experts: Experts
     sizes: Sizes
     n_layer: int
     sparse: Callable[[int], bool] = field(default=lambda _: True)
     layers_prefix: str = "model.layers."
+    left_out: Callable[[str], bool] = field(default=lambda _: False)
 
 
 _STACK_AXES: Mapping[str, tuple[str, ...]] = {
@@ -81,7 +104,7 @@ def recipes_of(tables: Tables, shapes: Shapes) -> list[Recipe]:
     """
     n_layer = tables.n_layer
     check_count("num_hidden_layers", n_layer, shapes)
-    rows = {name: (row, "") for name, row in tables.model.items()}
+    rows: dict[str, tuple[Row | PerHead, str]] = {name: (row, "") for name, row in tables.model.items()}
     for layer in range(n_layer):
         prefix = f"{tables.layers_prefix}{layer}."
         rows |= {prefix + name: (row, f"blk.{layer}.") for name, row in tables.layer(layer).items()}
@@ -93,18 +116,21 @@ def recipes_of(tables: Tables, shapes: Shapes) -> list[Recipe]:
     for name in shapes:
         if name in wanted:
             row, prefix = rows[name]
-            shape = tuple(tables.sizes[axis] for axis in row.axes)
-            heads = tables.sizes[row.heads] if row.heads else None
-            found.append(Recipe(prefix + row.name, shape, (Part(name, heads=heads),), row.f32))
+            if isinstance(row, PerHead):
+                found.extend(_head_stacks(tables, row, name, prefix, shapes))
+            else:
+                shape = tuple(tables.sizes[axis] for axis in row.axes)
+                heads = tables.sizes[row.heads] if row.heads else None
+                found.append(Recipe(prefix + row.name, shape, (Part(name, heads=heads),), row.f32))
             wanted.remove(name)
         elif name in layer_of:
             layer = layer_of.pop(name)
             waiting[layer].remove(name)
             if not waiting[layer]:
                 found.extend(_stacks(tables, layer, parts[layer]))
-        elif not name.endswith(_DERIVED):
+        elif not name.endswith(_DERIVED) and not tables.left_out(name):
             raise SourceError(f"tensor '{name}' is not known in {tables.family} of {n_layer} layers; update mopeq-edge")
-    missing = {name for name in wanted if not rows[name][0].optional}
+    missing = {name for name in wanted if not getattr(rows[name][0], "optional", False)}
     for name in sorted(missing.union(*waiting.values())):
         raise SourceError(f"tensor '{name}'{_whose(tables, name)} is missing; download the whole checkpoint again")
     return found
@@ -145,17 +171,36 @@ def _expert_parts(tables: Tables, layer: int, shapes: Shapes) -> dict[str, tuple
             for which, matrix in experts.matrices.items()
         }
     for name, expected in ((gate_up, (n_expert, 2 * ff, hidden)), (down, (n_expert, hidden, ff))):
-        if shapes.get(name, expected) != expected:
-            raise SourceError(
-                f"tensor '{name}' has shape {list(shapes[name])}, but config.json asks for {list(expected)}; "
-                "use the config.json of these weights"
-            )
+        _check_shape(name, shapes.get(name, expected), expected)
     packed = {
         "down": tuple(Part(down, e) for e in range(n_expert)),
         "gate": tuple(Part(gate_up, e, (0, ff)) for e in range(n_expert)),
         "up": tuple(Part(gate_up, e, (ff, 2 * ff)) for e in range(n_expert)),
     }
     return {which: packed[which] for which in experts.matrices}
+
+
+def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if found != expected:
+        raise SourceError(
+            f"tensor '{name}' has shape {list(found)}, but config.json asks for {list(expected)}; "
+            "use the config.json of these weights"
+        )
+
+
+def _head_stacks(tables: Tables, row: PerHead, name: str, prefix: str, shapes: Shapes) -> list[Recipe]:
+    n_head, n_columns = tables.sizes[row.heads], tables.sizes[row.columns]
+    of_one = sum(tables.sizes[stack.rows] for stack in row.stacks)
+    _check_shape(name, shapes[name], (n_head * of_one, n_columns))
+    found, before = [], 0
+    for stack in row.stacks:
+        n_rows = tables.sizes[stack.rows]
+        starts = range(before, n_head * of_one, of_one)
+        parts = tuple(Part(name, rows=(start, start + n_rows), transposed=stack.transposed) for start in starts)
+        shape = (n_rows, n_columns) if stack.transposed else (n_columns, n_rows)
+        found.append(Recipe(prefix + stack.name, (*shape, n_head), parts))
+        before += n_rows
+    return found
 
 
 def _stacks(tables: Tables, layer: int, parts: Mapping[str, tuple[Part, ...]]) -> list[Recipe]:

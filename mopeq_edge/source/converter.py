@@ -25,13 +25,14 @@ class Part:
     ``expert`` picks along the first axis of a packed tensor [n_expert, …]; ``rows`` then picks along the
     first axis of what is left (the gate half of a packed gate_up). ``heads`` is set for a q or k whose rows
     llama.cpp's rope wants in another order: of each of so many heads, row i of the first half and row i of the
-    second half in turn.
+    second half in turn. ``transposed``: the matrix is the transpose of what is picked.
     """
 
     tensor: str
     expert: int | None = None
     rows: tuple[int, int] | None = None
     heads: int | None = None
+    transposed: bool = False
 
 
 @dataclass(frozen=True)

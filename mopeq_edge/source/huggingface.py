@@ -73,18 +73,26 @@ class HuggingFaceSource:
 
     def _read_raw(self, tensor: SourceTensor, matrix: int, rows: slice | None) -> tuple[Bytes, str]:
         """Bytes [n_rows, row bytes] as the checkpoint has them, in the GGUF's order of rows, and their type."""
-        name, start, stop = self._piece(tensor, matrix, rows)
         part = self.hf_tensor_of[tensor.name].parts[matrix]
+        name, start, stop = self._piece(tensor, matrix, rows)
+        if part.transposed:
+            return self._read_transposed(part, tensor.n_out)[start:stop], self.checkpoint.dtype(name)
         if part.heads is None:
             return self.checkpoint.read_stored(name, start, stop), self.checkpoint.dtype(name)
         first, n_rows = self._rows_of(part)
         whole = self.checkpoint.read_stored(name, first, first + n_rows)
         return whole[interleaved_halves(n_rows, part.heads)[start - first : stop - first]], self.checkpoint.dtype(name)
 
+    def _read_transposed(self, part: Part, n_out: int) -> Bytes:
+        """Bytes [n_out, row bytes]: a column in the checkpoint is a row in the GGUF, so all of ``part`` is read."""
+        first, n_columns = self._rows_of(part)
+        numbers = self.checkpoint.read_stored(part.tensor, first, first + n_columns).reshape(n_columns, n_out, -1)
+        return np.ascontiguousarray(numbers.swapaxes(0, 1)).reshape(n_out, -1)
+
     def _piece(self, tensor: SourceTensor, matrix: int, rows: slice | None) -> tuple[str, int, int]:
-        """(checkpoint tensor, first row, last row + 1); rows over all axes but the last."""
+        """(checkpoint tensor, first row, last row + 1); rows over all axes but the last, of a transpose its own."""
         part = self.hf_tensor_of[tensor.name].parts[matrix]
-        first, n_rows = self._rows_of(part)
+        first, n_rows = (0, tensor.n_out) if part.transposed else self._rows_of(part)
         start, stop, step = (rows or slice(None)).indices(n_rows)
         if step != 1:
             raise ValueError(f"{tensor.name}: rows must be contiguous, got a step of {step}")
@@ -129,7 +137,7 @@ class HuggingFaceSource:
             shape = shape[1:] if shape and part.expert < shape[0] else []
         if part.rows is not None and shape:
             shape = [part.rows[1] - part.rows[0], *shape[1:]] if part.rows[1] <= shape[0] else []
-        return shape
+        return shape[::-1] if part.transposed else shape
 
     def _type_of(self, recipe: Recipe) -> GgmlType:
         if recipe.keep_f32 or len(recipe.shape) == 1:
