@@ -21,7 +21,7 @@ from converters.tensor_table import HeadStack, PerHead, Row, Shapes, check_only,
 from converters.vocabulary import add_bpe_vocabulary
 from mopeq_edge.errors import SourceError
 from mopeq_edge.gguf_file import KV
-from mopeq_edge.source.converter import Config, Converter, Recipe
+from mopeq_edge.source.converter import Config, Converter, Latent, Recipe, Skeleton
 from mopeq_edge.source.model import SourceTensor
 
 ARCHITECTURE = "deepseek2"
@@ -165,7 +165,8 @@ def key_values(
 
 
 DEEPSEEK_V2, DEEPSEEK_V3 = (
-    Converter(ARCHITECTURE, partial(recipes, version), partial(key_values, version)) for version in (V2, V3)
+    Converter(ARCHITECTURE, partial(recipes, version), partial(key_values, version), Skeleton(latent=Latent()))
+    for version in (V2, V3)
 )
 
 

@@ -67,7 +67,9 @@ class Chooser:
     def saw_input(self, name: str, x: Tensor, matrix: int = 0, n_matrices: int = 1) -> None:
         """Nothing to do."""
 
-    def watch_output(self, name: str, x: Tensor, y: Tensor, matrix: int = 0, n_matrices: int = 1) -> None:
+    def watch_output(
+        self, name: str, x: Tensor, y: Tensor, matrix: int = 0, n_matrices: int = 1, *, transposed: bool = False
+    ) -> None:
         """Nothing to do."""
 
 
@@ -95,7 +97,9 @@ class Slopes:
     def saw_input(self, name: str, x: Tensor, matrix: int = 0, n_matrices: int = 1) -> None:
         """Nothing to do."""
 
-    def watch_output(self, name: str, x: Tensor, y: Tensor, matrix: int = 0, n_matrices: int = 1) -> None:
+    def watch_output(
+        self, name: str, x: Tensor, y: Tensor, matrix: int = 0, n_matrices: int = 1, *, transposed: bool = False
+    ) -> None:
         """When the gradient g [n_tokens, n_out] reaches ``y``, add sum_t g_t . (V x_t)."""
         stack = self.probes.get(name)
         if stack is None or not y.requires_grad:

@@ -49,18 +49,35 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention: of one latent a token, ``module`` makes each head's key (the part without rope),
+    then its value, head after head. ``keys`` and ``values`` are the GGUF's stacks of a matrix a head, the key's
+    transposed.
+
+    ``attention`` is the module around it: it asks transformers for the attention function by its configuration, with
+    queries whose first numbers meet that part of the key.
+    """
+
+    attention: str = "self_attn"
+    module: str = "self_attn.kv_b_proj"
+    keys: str = "attn_k_b.weight"
+    values: str = "attn_v_b.weight"
+
+
+@dataclass(frozen=True)
 class Skeleton:
     """transformers' modules of a family, for calibration.
 
     ``base(directory, config)`` builds configuration and decoder (with ``layers``, ``norm`` and ``rotary_emb``) on the
     meta device, so without weights; None leaves both to transformers' own tables. ``prefix`` stands before the
     decoder's tensors in the checkpoint; ``renamed`` are beginnings of names inside a block that differ: the module's,
-    then the checkpoint's.
+    then the checkpoint's. ``latent`` is set where attention is latent.
     """
 
     base: Callable[[Path, Config], tuple[Any, Any]] | None = None
     prefix: str = "model."
     renamed: Mapping[str, str] = field(default_factory=dict)
+    latent: Latent | None = None
 
 
 @dataclass(frozen=True)
