@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 from gguf import GGUFReader
 
+from converters import CONVERTERS
 from mopeq_edge import convert as convert_module
 from mopeq_edge.binding import LlamaModel
 from mopeq_edge.cli import cli
@@ -19,7 +20,9 @@ from mopeq_edge.imatrix import read_imatrix
 from mopeq_edge.runtime.tools import run_tool
 from mopeq_edge.sensitivity.scores import SCORES, TRACE
 from mopeq_edge.sensitivity.table import read_table
+from mopeq_edge.source.open import open_source
 
+from .builders import write_gguf
 from .converters.families import build_deepseek_v2
 
 pytestmark = pytest.mark.runtime
@@ -94,3 +97,21 @@ def same_tensors(out: Path, other: Path) -> None:
     for name, tensor in ours.items():
         assert tensor.tensor_type == theirs[name].tensor_type, name
         np.testing.assert_array_equal(tensor.data, theirs[name].data, err_msg=name)
+
+
+def test_the_imatrix_of_llama_imatrix(tmp_path: Path, calibration_text: str) -> None:
+    """It has the heads of a stack in one row: of a GGUF, and given by the user."""
+    model, text = build_deepseek_v2(tmp_path / "model", "float32"), tmp_path / "text.txt"
+    text.write_text(calibration_text[:4000], encoding="utf-8")
+    gguf, theirs = tmp_path / "f32.gguf", tmp_path / "theirs.gguf"
+    write_gguf(open_source(model, CONVERTERS, pre="gpt-2"), gguf)
+    run_tool("llama-imatrix", ["-m", gguf, "-f", text, "-o", theirs, "-c", "64", "--chunks", "2", "--no-ppl"])
+    invoke("calibrate", gguf, "--text", text, "--chunks", 2, "--ctx", 64, "--work-dir", tmp_path / "a", "--json")
+    invoke("calibrate", model, "--imatrix", theirs, "--work-dir", tmp_path / "b", "--pre", "gpt-2", "--json")
+    name = "blk.1.attn_k_b.weight"
+    whole = read_imatrix(theirs).entries[name].sums.reshape(-1)
+    for work in ("a", "b"):
+        entry = read_imatrix(tmp_path / work / "imatrix.gguf").entries[name]
+        assert entry.sums.shape == (N_HEAD, N_KEY)
+        assert entry.counts.tolist() == [128] * N_HEAD
+        np.testing.assert_allclose(entry.sums.reshape(-1), whole, rtol=1e-6)

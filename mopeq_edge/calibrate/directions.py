@@ -115,17 +115,18 @@ class Slopes:
 
 
 class HeldRouting(TorchFunctionMode):
-    """While it is open in a thread, ``topk`` gives the values at ``held`` [n_tokens, k] instead of the largest ones.
+    """While it is open in a thread, ``topk`` of scores [n_tokens, n_expert] gives the values at ``held`` [n_tokens, k]
+    instead of the largest ones; of anything else, such as groups of experts, it is as ever.
 
     So every kind of router computes its gate weights, and their derivatives, for the choice that is held.
     """
 
-    def __init__(self, held: Tensor) -> None:
+    def __init__(self, held: Tensor, n_expert: int) -> None:
         super().__init__()
-        self.held = held
+        self.held, self.scores = held, (len(held), n_expert)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace topk, pass everything else through."""
-        if func in (torch.topk, Tensor.topk):
+        if func in (torch.topk, Tensor.topk) and tuple(args[0].shape) == self.scores:
             return torch.return_types.topk((args[0].gather(-1, self.held), self.held))
         return func(*args, **(kwargs or {}))

@@ -197,11 +197,14 @@ def test_defaults_are_those_of_transformers(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.runtime
+@pytest.mark.parametrize(
+    "config", [{"tie_word_embeddings": True}, {"first_k_dense_replace": 0}], ids=["tied", "sparse"]
+)
 @pytest.mark.parametrize(("name", "build"), [("V2", build_deepseek_v2), ("V3", build_deepseek_v3)])
-def test_tied_embeddings_in_llama_cpp(tmp_path: Path, name: str, build: Any) -> None:
+def test_also_right_in_llama_cpp(tmp_path: Path, name: str, build: Any, config: dict[str, Any]) -> None:
     from mopeq_edge.binding import LlamaModel
 
-    directory = build(tmp_path / "model", "float32", tie_word_embeddings=True)
+    directory = build(tmp_path / "model", "float32", **config)
     source = HuggingFaceSource(directory, CONVERTERS[f"Deepseek{name}ForCausalLM"], "gpt-2")
     write_gguf(source, tmp_path / "model.gguf")
     tokens = list(range(7, 71))
