@@ -44,7 +44,7 @@ def recipes(config: Config, shapes: Shapes) -> list[Recipe]:
         "num_key_value_heads": need_number(config, "num_attention_heads"),
     }
     check_only(config, only, "this kind of DeepSeek")
-    return recipes_of(deepseek_tables(config, _ATTENTION), shapes)
+    return recipes_of(deepseek_tables(config, shapes, _ATTENTION), shapes)
 
 
 def key_values(

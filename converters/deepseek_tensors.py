@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from converters.key_values import need_number
-from converters.tensor_table import Experts, PerHead, Row, Tables, sizes_of
+from converters.tensor_table import Experts, PerHead, Row, Shapes, Tables, check_count, sizes_of
 from mopeq_edge.errors import SourceError
 from mopeq_edge.source.converter import Config
 
@@ -35,15 +35,16 @@ _SIZES = {
     **{"hidden": "hidden_size", "ff": "moe_intermediate_size", "dense": "intermediate_size", "vocab": "vocab_size"},
     "expert": "n_routed_experts",
 }
+_FURTHER = "num_nextn_predict_layers"
 
 
 def deepseek_tables(
     config: Config,
+    shapes: Shapes,
     attention: Mapping[str, Row | PerHead],
     *,
     router: Mapping[str, Row] | None = None,
     sizes: Mapping[str, int] | None = None,
-    left_out: Callable[[str], bool] = lambda _: False,
 ) -> Tables:
     """The tables of a DeepSeek with the given attention.
 
@@ -51,7 +52,10 @@ def deepseek_tables(
     """
     own = {**sizes_of(config, _SIZES), **(sizes or {})}
     own["shared"] = own["ff"] * need_number(config, "n_shared_experts")
-    n_dense = leading_dense(config)
+    n_layer, n_dense = need_number(config, "num_hidden_layers"), leading_dense(config)
+    # layers that predict further tokens stand behind the others; llama.cpp's converter leaves them out
+    n_further = need_number(config, _FURTHER) if config.get(_FURTHER) else 0
+    check_count(_FURTHER, n_further, shapes)
     tied = bool(config.get("tie_word_embeddings"))
     model = {name: row for name, row in _MODEL.items() if not (tied and row.name == "output.weight")}
     dense, sparse = {**_NORMS, **attention, **_DENSE}, {**_NORMS, **attention, **_SPARSE, **(router or {})}
@@ -61,9 +65,9 @@ def deepseek_tables(
         lambda layer: dense if layer < n_dense else sparse,
         _EXPERTS,
         own,
-        need_number(config, "num_hidden_layers"),
+        n_layer,
         sparse=lambda layer: layer >= n_dense,
-        left_out=left_out,
+        skipped=tuple(f"model.layers.{layer}." for layer in range(n_layer, n_layer + n_further)) + tied * ("lm_head.",),
     )
 
 

@@ -8,7 +8,6 @@ sigmoid, with a bias that only chooses, in groups. Tensor names: transformers' `
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -47,7 +46,6 @@ _SIZES = {
     **{"head": "num_attention_heads", "latent": "kv_lora_rank", "key": "qk_nope_head_dim", "rope": "qk_rope_head_dim"},
     "value": "v_head_dim",
 }
-_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 _FP8_SCALE = ".weight_scale_inv"
 
 
@@ -125,8 +123,7 @@ def recipes(version: Version, config: Config, shapes: Shapes) -> list[Recipe]:
     _check_query(config)
     if config["q_lora_rank"] is not None:
         query, sizes["query_latent"] = _LOW_RANK_QUERY, need_number(config, "q_lora_rank")
-    left_out = partial(_left_out, config)
-    tables = deepseek_tables(config, {**query, **_ATTENTION}, router=version.router, sizes=sizes, left_out=left_out)
+    tables = deepseek_tables(config, shapes, {**query, **_ATTENTION}, router=version.router, sizes=sizes)
     return recipes_of(tables, shapes)
 
 
@@ -214,12 +211,3 @@ def _check_query(config: Config) -> None:
             f"{'none' if one_matrix else 'a number'}: llama.cpp gives the query one matrix in models of 26 or 27 "
             "layers and two in all others, so it could not load a GGUF of this checkpoint"
         )
-
-
-def _left_out(config: Config, name: str) -> bool:
-    """Layers that predict further tokens, behind the others; an output matrix that is the embedding."""
-    if name == "lm_head.weight":
-        return bool(config.get("tie_word_embeddings"))
-    match = _LAYER.match(name)
-    n_layer = need_number(config, "num_hidden_layers")
-    return match is not None and 0 <= int(match[1]) - n_layer < config.get("num_nextn_predict_layers", 0)

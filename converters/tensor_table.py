@@ -75,8 +75,9 @@ class Tables:
     """A family of checkpoints. ``layer(number)`` are the tensors of a block, by their name behind ``model.layers.N.``;
     ``sparse(number)`` whether it has routed experts. ``model`` are the tensors outside the blocks, by their whole name.
 
+    Tensors whose names begin with one of ``skipped`` are for something else.
+
     ``sizes`` needs ``hidden``, ``ff`` (of an expert) and ``expert``, and every name that an axis has.
-    ``left_out(name)`` is true for what llama.cpp's converter does not write.
     """
 
     family: str
@@ -87,7 +88,7 @@ class Tables:
     n_layer: int
     sparse: Callable[[int], bool] = field(default=lambda _: True)
     layers_prefix: str = "model.layers."
-    left_out: Callable[[str], bool] = field(default=lambda _: False)
+    skipped: tuple[str, ...] = ()
 
 
 _STACK_AXES: Mapping[str, tuple[str, ...]] = {
@@ -128,7 +129,7 @@ def recipes_of(tables: Tables, shapes: Shapes) -> list[Recipe]:
             waiting[layer].remove(name)
             if not waiting[layer]:
                 found.extend(_stacks(tables, layer, parts[layer]))
-        elif not name.endswith(_DERIVED) and not tables.left_out(name):
+        elif not name.endswith(_DERIVED) and not name.startswith(tables.skipped):
             raise SourceError(f"tensor '{name}' is not known in {tables.family} of {n_layer} layers; update mopeq-edge")
     missing = {name for name in wanted if not getattr(rows[name][0], "optional", False)}
     for name in sorted(missing.union(*waiting.values())):
@@ -196,7 +197,11 @@ def _head_stacks(tables: Tables, row: PerHead, name: str, prefix: str, shapes: S
     for stack in row.stacks:
         n_rows = tables.sizes[stack.rows]
         starts = range(before, n_head * of_one, of_one)
-        parts = tuple(Part(name, rows=(start, start + n_rows), transposed=stack.transposed) for start in starts)
+        pieces = [(start, start + n_rows) for start in starts]
+        parts = tuple(
+            Part(name, transposed=True, columns=piece) if stack.transposed else Part(name, rows=piece)
+            for piece in pieces
+        )
         shape = (n_rows, n_columns) if stack.transposed else (n_columns, n_rows)
         found.append(Recipe(prefix + stack.name, (*shape, n_head), parts))
         before += n_rows

@@ -22,10 +22,11 @@ Config = Mapping[str, Any]
 class Part:
     """Where one matrix comes from in the checkpoint: a tensor, or a piece of one.
 
-    ``expert`` picks along the first axis of a packed tensor [n_expert, …]; ``rows`` then picks along the
-    first axis of what is left (the gate half of a packed gate_up). ``heads`` is set for a q or k whose rows
-    llama.cpp's rope wants in another order: of each of so many heads, row i of the first half and row i of the
-    second half in turn. ``transposed``: the matrix is the transpose of what is picked.
+    ``expert`` picks along the first axis of a packed tensor [n_expert, …]; ``transposed`` says that what is left is
+    stored as [n_in, n_out] and makes it [n_out, n_in]; ``rows`` then picks along its first axis (the gate half of a
+    packed gate_up), ``columns`` along the last one of a transposed piece (the rows of one head in the checkpoint).
+    ``heads`` is set for a q or k whose rows llama.cpp's rope wants in another order: of each of so many heads, row i
+    of the first half and row i of the second half in turn.
     """
 
     tensor: str
@@ -33,6 +34,7 @@ class Part:
     rows: tuple[int, int] | None = None
     heads: int | None = None
     transposed: bool = False
+    columns: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

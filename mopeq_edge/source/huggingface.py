@@ -73,36 +73,40 @@ class HuggingFaceSource:
 
     def _read_raw(self, tensor: SourceTensor, matrix: int, rows: slice | None) -> tuple[Bytes, str]:
         """Bytes [n_rows, row bytes] as the checkpoint has them, in the GGUF's order of rows, and their type."""
-        part = self.hf_tensor_of[tensor.name].parts[matrix]
         name, start, stop = self._piece(tensor, matrix, rows)
+        part = self.hf_tensor_of[tensor.name].parts[matrix]
         if part.transposed:
-            return self._read_transposed(part, tensor.n_out)[start:stop], self.checkpoint.dtype(name)
+            return self._columns(part, start, stop), self.checkpoint.dtype(name)
         if part.heads is None:
             return self.checkpoint.read_stored(name, start, stop), self.checkpoint.dtype(name)
         first, n_rows = self._rows_of(part)
         whole = self.checkpoint.read_stored(name, first, first + n_rows)
         return whole[interleaved_halves(n_rows, part.heads)[start - first : stop - first]], self.checkpoint.dtype(name)
 
-    def _read_transposed(self, part: Part, n_out: int) -> Bytes:
-        """Bytes [n_out, row bytes]: a column in the checkpoint is a row in the GGUF, so all of ``part`` is read."""
-        first, n_columns = self._rows_of(part)
-        numbers = self.checkpoint.read_stored(part.tensor, first, first + n_columns).reshape(n_columns, n_out, -1)
-        return np.ascontiguousarray(numbers.swapaxes(0, 1)).reshape(n_out, -1)
+    def _columns(self, part: Part, start: int, stop: int) -> Bytes:
+        """Columns of what the checkpoint has as [n_in, n_out], as rows; reads all of one expert, or of ``columns``."""
+        *_, n_in, n_out = self.checkpoint.shape(part.tensor)
+        first, (before, behind) = (part.expert or 0) * n_in, part.columns or (0, n_in)
+        stored = self.checkpoint.read_stored(part.tensor, first + before, first + behind)
+        numbers = stored.reshape(behind - before, n_out, -1)[:, start:stop].swapaxes(0, 1)
+        return np.ascontiguousarray(numbers).reshape(stop - start, (behind - before) * numbers.shape[2])
 
     def _piece(self, tensor: SourceTensor, matrix: int, rows: slice | None) -> tuple[str, int, int]:
-        """(checkpoint tensor, first row, last row + 1); rows over all axes but the last, of a transpose its own."""
+        """(checkpoint tensor, first row, last row + 1); rows over all axes but the last, or columns if transposed."""
         part = self.hf_tensor_of[tensor.name].parts[matrix]
-        first, n_rows = (0, tensor.n_out) if part.transposed else self._rows_of(part)
+        first, n_rows = self._rows_of(part)
         start, stop, step = (rows or slice(None)).indices(n_rows)
         if step != 1:
             raise ValueError(f"{tensor.name}: rows must be contiguous, got a step of {step}")
         return part.tensor, first + start, first + max(start, stop)
 
     def _rows_of(self, part: Part) -> tuple[int, int]:
-        """First row and number of rows of ``part`` in its tensor seen as a matrix."""
+        """First row and number of rows of ``part`` in its tensor seen as a matrix; columns if it is transposed."""
         shape = self.checkpoint.shape(part.tensor)
         first, n_rows = 0, math.prod(shape[:-1])
-        if part.expert is not None:
+        if part.transposed:
+            n_rows = shape[-1]
+        elif part.expert is not None:
             n_rows = math.prod(shape[1:-1])
             first = part.expert * n_rows
         if part.rows is not None:
@@ -135,9 +139,13 @@ class HuggingFaceSource:
         shape = list(self.checkpoint.shape(part.tensor))
         if part.expert is not None:
             shape = shape[1:] if shape and part.expert < shape[0] else []
+        if part.transposed:
+            shape = shape[::-1]
         if part.rows is not None and shape:
             shape = [part.rows[1] - part.rows[0], *shape[1:]] if part.rows[1] <= shape[0] else []
-        return shape[::-1] if part.transposed else shape
+        if part.columns is not None and shape:
+            shape = [*shape[:-1], part.columns[1] - part.columns[0]] if part.columns[1] <= shape[-1] else []
+        return shape
 
     def _type_of(self, recipe: Recipe) -> GgmlType:
         if recipe.keep_f32 or len(recipe.shape) == 1:

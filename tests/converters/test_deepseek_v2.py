@@ -62,7 +62,10 @@ def test_two_stacks_of_a_matrix_a_head() -> None:
     assert names[at + 1] == "blk.1.attn_v_b.weight"
     kv_b = f"{BLOCK}self_attn.kv_b_proj.weight"
     assert found[at].shape == (3, 6, 2)
-    assert found[at].parts == (Part(kv_b, rows=(0, 3), transposed=True), Part(kv_b, rows=(7, 10), transposed=True))
+    assert found[at].parts == (
+        Part(kv_b, transposed=True, columns=(0, 3)),
+        Part(kv_b, transposed=True, columns=(7, 10)),
+    )
     assert found[at + 1].shape == (6, 4, 2)
     assert found[at + 1].parts == (Part(kv_b, rows=(3, 7)), Part(kv_b, rows=(10, 14)))
     assert [name for name in names if name.startswith("blk.0.ffn_")] == [
@@ -87,6 +90,8 @@ def test_layers_that_predict_further_tokens_are_left_out() -> None:
             recipes(V2, CONFIG, {**SHAPES, name: (8, 16)})
     with pytest.raises(SourceError, match=r"layers.2.eh_proj.weight' is not known"):
         recipes(V2, {**CONFIG, "num_nextn_predict_layers": None}, {**SHAPES, **more})
+    with pytest.raises(SourceError, match="num_nextn_predict_layers 1000000000000, expected no more than"):
+        recipes(V2, {**CONFIG, "num_nextn_predict_layers": 10**12}, SHAPES)
 
 
 def test_tied_embeddings_need_no_output_matrix() -> None:

@@ -205,14 +205,17 @@ def test_a_transposed_piece(tmp_path: Path, code: str, torch_type: torch.dtype) 
         recipe = Recipe("blk.0.attn_k_b.weight", (2, 4, 1), (part,))
         return HuggingFaceSource(tmp_path, Converter("x", lambda config, shapes: [recipe], lambda *_: {}))
 
-    source = with_part(Part("w", rows=(3, 5), transposed=True))
+    source = with_part(Part("w", transposed=True, columns=(3, 5)))
     tensor, expected = source.tensors[0], whole[3:5].T.contiguous()
     assert tensor.type.name == code
     assert np.array_equal(source.read(tensor), expected.float().numpy())
     assert np.array_equal(source.read(tensor, 0, slice(1, 3)), expected[1:3].float().numpy())
     assert source.read_stored(tensor, 0, slice(2, 4)).tobytes() == expected[2:].view(torch.uint8).numpy().tobytes()
     assert source.read(tensor, 0, slice(2, 2)).shape == (0, 2)
-    for part in (Part("w", rows=(3, 5)), Part("w", rows=(5, 7), transposed=True), Part("w", transposed=True)):
+    for part in (
+        *(Part("w", rows=(3, 5)), Part("w", transposed=True)),
+        *(Part("w", transposed=True, columns=(5, 7)), Part("w", rows=(0, 2), transposed=True, columns=(3, 5))),
+    ):
         with pytest.raises(SourceError, match=r"tensor 'w' has shape \[6, 4\], but config.json asks for \[4, 2\]"):
             with_part(part)
     with pytest.raises(ValueError, match="contiguous"):
