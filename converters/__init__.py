@@ -4,6 +4,7 @@ One module a family; this table is the only place that knows them all.
 """
 
 from converters.deepseek_ocr import DEEPSEEK_OCR
+from converters.deepseek_v2 import DEEPSEEK_V2, DEEPSEEK_V3
 from converters.granite_moe import GRANITE_MOE
 from converters.mixtral import MIXTRAL
 from converters.olmoe import OLMOE
@@ -15,6 +16,8 @@ from mopeq_edge.source.converter import Converter
 
 CONVERTERS: dict[str, Converter] = {
     "DeepseekOCRForCausalLM": DEEPSEEK_OCR,
+    "DeepseekV2ForCausalLM": DEEPSEEK_V2,
+    "DeepseekV3ForCausalLM": DEEPSEEK_V3,
     "GraniteMoeForCausalLM": GRANITE_MOE,
     "MixtralForCausalLM": MIXTRAL,
     "OlmoeForCausalLM": OLMOE,

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from converters.deepseek_tensors import deepseek_tables, expert_extras, leading_dense
 from converters.key_values import add_text_parameters, as_kvs, need_number, start_writer
-from converters.tensor_table import Experts, Row, Shapes, Tables, check_only, recipes_of, sizes_of
+from converters.tensor_table import Row, Shapes, check_only, recipes_of
 from converters.vocabulary import add_bpe_vocabulary
-from mopeq_edge.errors import SourceError
 from mopeq_edge.gguf_file import KV
 from mopeq_edge.source.converter import Config, Converter, Recipe, Skeleton
 from mopeq_edge.source.model import SourceTensor
@@ -22,34 +22,11 @@ ARCHITECTURE = "deepseek2-ocr"
 CHAT_TEMPLATE = "{% for m in messages %}{{m['content']}}{% endfor %}"
 """The one that llama.cpp's converter gives models of this kind."""
 
-_MODEL: Mapping[str, Row] = {
-    "model.embed_tokens.weight": Row("token_embd.weight", ("hidden", "vocab")),
-    "model.norm.weight": Row("output_norm.weight", ("hidden",), f32=True),
-    "lm_head.weight": Row("output.weight", ("hidden", "vocab")),
-}
 _ATTENTION: Mapping[str, Row] = {
-    "input_layernorm.weight": Row("attn_norm.weight", ("hidden",), f32=True),
     "self_attn.q_proj.weight": Row("attn_q.weight", ("hidden", "hidden")),
     "self_attn.k_proj.weight": Row("attn_k.weight", ("hidden", "hidden")),
     "self_attn.v_proj.weight": Row("attn_v.weight", ("hidden", "hidden")),
     "self_attn.o_proj.weight": Row("attn_output.weight", ("hidden", "hidden")),
-    "post_attention_layernorm.weight": Row("ffn_norm.weight", ("hidden",), f32=True),
-}
-_DENSE: Mapping[str, Row] = {
-    "mlp.gate_proj.weight": Row("ffn_gate.weight", ("hidden", "dense")),
-    "mlp.up_proj.weight": Row("ffn_up.weight", ("hidden", "dense")),
-    "mlp.down_proj.weight": Row("ffn_down.weight", ("dense", "hidden")),
-}
-_SPARSE: Mapping[str, Row] = {
-    "mlp.gate.weight": Row("ffn_gate_inp.weight", ("hidden", "expert"), f32=True),
-    "mlp.shared_experts.gate_proj.weight": Row("ffn_gate_shexp.weight", ("hidden", "shared")),
-    "mlp.shared_experts.up_proj.weight": Row("ffn_up_shexp.weight", ("hidden", "shared")),
-    "mlp.shared_experts.down_proj.weight": Row("ffn_down_shexp.weight", ("shared", "hidden")),
-}
-_EXPERTS = Experts("mlp.experts", {"down": "down_proj", "gate": "gate_proj", "up": "up_proj"})
-_SIZES = {
-    **{"hidden": "hidden_size", "ff": "moe_intermediate_size", "dense": "intermediate_size", "vocab": "vocab_size"},
-    "expert": "n_routed_experts",
 }
 _SKELETON_KEYS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps"),
@@ -67,21 +44,7 @@ def recipes(config: Config, shapes: Shapes) -> list[Recipe]:
         "num_key_value_heads": need_number(config, "num_attention_heads"),
     }
     check_only(config, only, "this kind of DeepSeek")
-    sizes = sizes_of(config, _SIZES)
-    sizes["shared"] = sizes["ff"] * need_number(config, "n_shared_experts")
-    n_layer, n_dense = need_number(config, "num_hidden_layers"), _leading_dense(config)
-    return recipes_of(
-        Tables(
-            "a DeepSeek",
-            _MODEL,
-            lambda layer: {**_ATTENTION, **(_DENSE if layer < n_dense else _SPARSE)},
-            _EXPERTS,
-            sizes,
-            n_layer,
-            sparse=lambda layer: layer >= n_dense,
-        ),
-        shapes,
-    )
+    return recipes_of(deepseek_tables(config, shapes, _ATTENTION), shapes)
 
 
 def key_values(
@@ -90,16 +53,11 @@ def key_values(
     """Key-values as llama.cpp's converter writes them."""
     config = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, **_text_config(config)}
     extras: list[tuple[str, Any]] = [
-        ("add_leading_dense_block_count", _leading_dense(config)),
+        ("add_leading_dense_block_count", leading_dense(config)),
         ("add_vocab_size", need_number(config, "vocab_size")),
-        ("add_expert_feed_forward_length", need_number(config, "moe_intermediate_size")),
-        ("add_expert_shared_count", need_number(config, "n_shared_experts")),
+        *expert_extras(config),
+        ("add_rope_dimension_count", config.get("qk_rope_head_dim", 0)),
     ]
-    if config.get("routed_scaling_factor") is not None:
-        extras.append(("add_expert_weights_scale", config["routed_scaling_factor"]))
-    if config.get("norm_topk_prob"):
-        extras.append(("add_expert_weights_norm", True))
-    extras.append(("add_rope_dimension_count", config.get("qk_rope_head_dim", 0)))
     writer = start_writer(directory, ARCHITECTURE, tensors, CHAT_TEMPLATE)
     add_text_parameters(writer, config, file_type, extras)
     add_bpe_vocabulary(writer, directory, need_number(config, "vocab_size"), pre)
@@ -112,7 +70,7 @@ def skeleton(_: Path, config: Config) -> tuple[Any, Any]:
     from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2TextModel
 
     config = _text_config(config)
-    n_layer, n_dense = need_number(config, "num_hidden_layers"), _leading_dense(config)
+    n_layer, n_dense = need_number(config, "num_hidden_layers"), leading_dense(config)
     known = {key: config[key] for key in _SKELETON_KEYS if key in config}
     text = DeepseekOcr2TextConfig(
         mlp_layer_types=["dense"] * n_dense + ["sparse"] * (n_layer - n_dense),
@@ -131,10 +89,3 @@ def _text_config(config: Config) -> dict[str, Any]:
     """The text settings, where the checkpoint keeps them."""
     text = config.get("language_config") or {}
     return {key: value for key, value in {**config, **text}.items() if value is not None}
-
-
-def _leading_dense(config: Config) -> int:
-    found = config.get("first_k_dense_replace", 0)
-    if not isinstance(found, int) or not 0 <= found <= need_number(config, "num_hidden_layers"):
-        raise SourceError(f"config.json has first_k_dense_replace {found!r}, expected a number of layers")
-    return found

@@ -97,10 +97,17 @@ def start_writer(
     return writer
 
 
-def add_text_parameters(writer: Any, config: Config, file_type: int, extras: Sequence[tuple[str, Any]] = ()) -> None:
+def add_text_parameters(
+    writer: Any,
+    config: Config,
+    file_type: int,
+    extras: Sequence[tuple[str, Any]] = (),
+    head_lengths: tuple[int, int] | None = None,
+) -> None:
     """Sizes, rope, norms and experts of a decoder, then ``file_type`` and the family's own ``extras``.
 
-    An extra is a method of the writer and its argument.
+    An extra is a method of the writer and its argument. ``head_lengths`` are the key's and the value's where
+    config.json has a ``head_dim`` that means something else.
     """
     _add_numbers(writer, config, _SIZES)
     _add_rope(writer, config)
@@ -108,8 +115,9 @@ def add_text_parameters(writer: Any, config: Config, file_type: int, extras: Seq
     if (scoring := config.get("scoring_func")) is not None:
         writer.add_expert_gating_func(_gating_function(scoring))
     if (head_dim := config.get("head_dim")) is not None:
-        writer.add_key_length(head_dim)
-        writer.add_value_length(head_dim)
+        key_length, value_length = head_lengths or (head_dim, head_dim)
+        writer.add_key_length(key_length)
+        writer.add_value_length(value_length)
     writer.add_file_type(file_type)
     for method, value in extras:
         getattr(writer, method)(value)

@@ -36,6 +36,27 @@ class Row:
 
 
 @dataclass(frozen=True)
+class HeadStack:
+    """One GGUF tensor of a matrix a head: ``rows`` (a size) rows of each, or with ``transposed`` their transpose."""
+
+    name: str
+    rows: str
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class PerHead:
+    """A tensor of the checkpoint that has the rows of one head after the other, ``columns`` wide.
+
+    ``heads`` is the size that counts them; within a head the rows of each of ``stacks`` follow each other.
+    """
+
+    heads: str
+    columns: str
+    stacks: tuple[HeadStack, ...]
+
+
+@dataclass(frozen=True)
 class Experts:
     """Where the routed experts of a layer are: matrix ``matrices[projection]`` of expert e is the checkpoint's
     ``{prefix}.{e}.{matrix}.weight``, stacks are written in the order of ``matrices``.
@@ -66,7 +87,7 @@ class Tables:
 
     family: str
     model: Mapping[str, Row]
-    layer: Callable[[int], Mapping[str, Row]]
+    layer: Callable[[int], Mapping[str, Row | PerHead]]
     experts: Experts
     sizes: Sizes
     n_layer: int
@@ -89,7 +110,7 @@ def recipes_of(tables: Tables, shapes: Shapes) -> list[Recipe]:
     """
     n_layer = tables.n_layer
     check_count("num_hidden_layers", n_layer, shapes)
-    rows = {name: (row, "") for name, row in tables.model.items()}
+    rows: dict[str, tuple[Row | PerHead, str]] = {name: (row, "") for name, row in tables.model.items()}
     for layer in range(n_layer):
         prefix = f"{tables.layers_prefix}{layer}."
         rows |= {prefix + name: (row, f"blk.{layer}.") for name, row in tables.layer(layer).items()}
@@ -101,9 +122,12 @@ def recipes_of(tables: Tables, shapes: Shapes) -> list[Recipe]:
     for name in shapes:
         if name in wanted:
             row, prefix = rows[name]
-            shape = tuple(tables.sizes[axis] for axis in row.axes)
-            heads = tables.sizes[row.heads] if row.heads else None
-            found.append(Recipe(prefix + row.name, shape, (Part(name, heads=heads),), row.f32))
+            if isinstance(row, PerHead):
+                found.extend(_head_stacks(tables, row, name, prefix, shapes))
+            else:
+                shape = tuple(tables.sizes[axis] for axis in row.axes)
+                heads = tables.sizes[row.heads] if row.heads else None
+                found.append(Recipe(prefix + row.name, shape, (Part(name, heads=heads),), row.f32))
             wanted.remove(name)
         elif name in layer_of:
             layer = layer_of.pop(name)
@@ -112,7 +136,7 @@ def recipes_of(tables: Tables, shapes: Shapes) -> list[Recipe]:
                 found.extend(_stacks(tables, layer, parts[layer]))
         elif not name.endswith(_DERIVED) and not name.startswith(tables.skipped):
             raise SourceError(f"tensor '{name}' is not known in {tables.family} of {n_layer} layers; update mopeq-edge")
-    missing = {name for name in wanted if not rows[name][0].optional}
+    missing = {name for name in wanted if not getattr(rows[name][0], "optional", False)}
     for name in sorted(missing.union(*waiting.values())):
         raise SourceError(f"tensor '{name}'{_whose(tables, name)} is missing; download the whole checkpoint again")
     return found
@@ -154,16 +178,39 @@ def _expert_parts(tables: Tables, layer: int, shapes: Shapes) -> dict[str, tuple
         }
     for name, matrix in ((gate_up, (2 * ff, hidden)), (down, (hidden, ff))):
         expected = (n_expert, *(matrix[::-1] if experts.transposed else matrix))
-        if shapes.get(name, expected) != expected:
-            raise SourceError(
-                f"tensor '{name}' has shape {list(shapes[name])}, but config.json asks for {list(expected)}; "
-                "use the config.json of these weights"
-            )
+        _check_shape(name, shapes.get(name, expected), expected)
     where = {"down": (down, None), "gate": (gate_up, (0, ff)), "up": (gate_up, (ff, 2 * ff))}
     return {
         which: tuple(Part(where[which][0], e, where[which][1], transposed=experts.transposed) for e in range(n_expert))
         for which in experts.matrices
     }
+
+
+def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if found != expected:
+        raise SourceError(
+            f"tensor '{name}' has shape {list(found)}, but config.json asks for {list(expected)}; "
+            "use the config.json of these weights"
+        )
+
+
+def _head_stacks(tables: Tables, row: PerHead, name: str, prefix: str, shapes: Shapes) -> list[Recipe]:
+    n_head, n_columns = tables.sizes[row.heads], tables.sizes[row.columns]
+    of_one = sum(tables.sizes[stack.rows] for stack in row.stacks)
+    _check_shape(name, shapes[name], (n_head * of_one, n_columns))
+    found, before = [], 0
+    for stack in row.stacks:
+        n_rows = tables.sizes[stack.rows]
+        starts = range(before, n_head * of_one, of_one)
+        pieces = [(start, start + n_rows) for start in starts]
+        parts = tuple(
+            Part(name, transposed=True, columns=piece) if stack.transposed else Part(name, rows=piece)
+            for piece in pieces
+        )
+        shape = (n_rows, n_columns) if stack.transposed else (n_columns, n_rows)
+        found.append(Recipe(prefix + stack.name, (*shape, n_head), parts))
+        before += n_rows
+    return found
 
 
 def _stacks(tables: Tables, layer: int, parts: Mapping[str, tuple[Part, ...]]) -> list[Recipe]:

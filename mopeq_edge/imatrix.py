@@ -8,7 +8,7 @@ its sums are sum_t |g_t|^2 x_tj^2 divided by a constant, kept in ``mopeq.imatrix
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +91,20 @@ def with_prior(entries: Mapping[str, Entry]) -> tuple[dict[str, Entry], tuple[st
         filled[name] = Entry(sums.astype(np.float32), counts.astype(np.float32))
         unrouted.extend(f"{name}[{expert}]" for expert in np.flatnonzero(empty))
     return filled, tuple(unrouted)
+
+
+def split_stacks(imatrix: Imatrix, n_matrices: Mapping[str, int]) -> Imatrix:
+    """``imatrix`` with an entry of :class:`Entry`'s form for every stack; ``n_matrices`` by tensor name.
+
+    Where every token meets every matrix of a stack (the heads of latent attention), llama-imatrix counts the tokens
+    once and has the sums of all matrices in one row.
+    """
+    entries = dict(imatrix.entries)
+    for name, entry in imatrix.entries.items():
+        n = n_matrices.get(name, 1)
+        if n > 1 and len(entry.sums) == 1 and entry.sums.size % n == 0:
+            entries[name] = Entry(entry.sums.reshape(n, -1), np.repeat(entry.counts, n))
+    return replace(imatrix, entries=entries)
 
 
 def write_imatrix(imatrix: Imatrix, path: Path) -> None:

@@ -16,7 +16,7 @@ from mopeq_edge.expert_groups.layout import Types, file_specs
 from mopeq_edge.ggml.library import Quantizer, load_ggml
 from mopeq_edge.ggml.types import GgmlType
 from mopeq_edge.gguf_file import KV
-from mopeq_edge.imatrix import ACTIVATION, GRADIENT, Imatrix, read_imatrix, write_imatrix
+from mopeq_edge.imatrix import ACTIVATION, GRADIENT, Imatrix, read_imatrix, split_stacks, write_imatrix
 from mopeq_edge.output_kvs import IMATRIX_NAME, Provenance, file_type_of, output_kvs
 from mopeq_edge.plan.artifact import PER_EXPERT, STOCK, Plan, write_plan
 from mopeq_edge.plan.budget import Budget
@@ -342,7 +342,7 @@ def _load_traces(context: Context) -> Traces | None:
 
 
 def _foreign_imatrix(context: Context, path: Path) -> Calibrated:
-    imatrix = read_imatrix(path)
+    imatrix = split_stacks(read_imatrix(path), {t.name: t.n_matrices for t in context.source.tensors})
     check_imatrix(imatrix, path, context.source)
     statistics = Statistics(activation=imatrix, routing=routing_from_imatrix(imatrix, context.source))
     made_from = digest(["imatrix 1", file_digest(path)])

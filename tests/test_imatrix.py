@@ -16,7 +16,16 @@ from mopeq_edge.errors import FormatError
 from mopeq_edge.ggml.types import BY_NAME, F32
 from mopeq_edge.gguf_file import KV, ValueType, read_header
 from mopeq_edge.gguf_layout import string, uint32
-from mopeq_edge.imatrix import GRADIENT, PRIOR_COUNT, Entry, Imatrix, read_imatrix, with_prior, write_imatrix
+from mopeq_edge.imatrix import (
+    GRADIENT,
+    PRIOR_COUNT,
+    Entry,
+    Imatrix,
+    read_imatrix,
+    split_stacks,
+    with_prior,
+    write_imatrix,
+)
 
 from .builders import write_raw_gguf
 
@@ -102,6 +111,20 @@ def test_a_never_routed_expert_gets_the_mean_of_its_stack() -> None:
     np.testing.assert_array_equal(filled[STACK].counts, [2, PRIOR_COUNT, 4])
     np.testing.assert_allclose(filled[STACK].mean()[1], [2, 4, 6])
     assert names == (f"{STACK}[1]",)
+
+
+def test_a_stack_whose_tokens_are_counted_once_is_split() -> None:
+    """As llama-imatrix has it where every token meets every matrix; other entries stay, also those that do not fit."""
+    together = {
+        "heads": entry([[1, 2, 3, 4, 5, 6]], [7]),
+        "experts": entry([[1], [2]], [3, 4]),
+        "odd": entry([[1]], [2]),
+    }
+    found = split_stacks(Imatrix(together, ("x",), 1, 7), {"heads": 3, "experts": 2, "odd": 2, "absent": 2}).entries
+    assert found["heads"].sums.tolist() == [[1, 2], [3, 4], [5, 6]]
+    assert found["heads"].counts.tolist() == [7, 7, 7]
+    assert found["experts"] is together["experts"]
+    assert found["odd"] is together["odd"]
 
 
 def test_a_stack_that_no_token_reached_has_equal_weights() -> None:

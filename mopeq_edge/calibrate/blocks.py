@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mopeq_edge.calibrate.experts import ExpertWeights, RoutedExperts, Tap
+from mopeq_edge.calibrate.latent import ATTENTION, LatentWatch
 from mopeq_edge.errors import CalibrationError
 from mopeq_edge.ggml.types import BF16, F16, GgmlType
 from mopeq_edge.source.huggingface import HuggingFaceSource
@@ -91,6 +92,7 @@ class BlockModel:
         if original is not None:
             setattr(ffn, attribute, RoutedExperts(self._experts(layer, change), original.act_fn, self.tap))
         hooks = []
+        detach = self._watch_latent(block, layer)
         try:
             prefix = f"{self._prefix}layers.{layer}."
             self._load(block, prefix)
@@ -102,6 +104,7 @@ class BlockModel:
         finally:
             for hook in hooks:
                 hook.remove()
+            detach()
             if original is not None:
                 setattr(ffn, attribute, original)
             block.to("meta")
@@ -116,12 +119,13 @@ class BlockModel:
             self._norm.to("meta")
 
     def _load(self, module: nn.Module, prefix: str) -> None:
-        state = {name: self._read(prefix + self._stored_name(name)) for name, _ in module.named_parameters()}
+        # parameters, and buffers that are loaded, such as the bias of a router
+        state = {name: self._read(prefix + self._stored_name(name)) for name in module.state_dict()}
         module.load_state_dict(state, strict=True, assign=True)
         module.requires_grad_(False)
 
     def _stored_name(self, name: str) -> str:
-        """What the checkpoint calls the parameter ``name`` of a block."""
+        """What the checkpoint calls the parameter or buffer ``name`` of a block."""
         for ours, theirs in self.source.skeleton.renamed.items():
             if name.startswith(ours):
                 return theirs + name.removeprefix(ours)
@@ -149,6 +153,15 @@ class BlockModel:
             stacks[projection] = stack
         return ExpertWeights(layer, **stacks)
 
+    def _watch_latent(self, block: nn.Module, layer: int) -> Callable[[], None]:
+        """Watch the latent attention of a block, if it is one, until the returned function is called."""
+        latent = self.source.skeleton.latent
+        if latent is None:
+            return lambda: None
+        keys, values = (self._by_name[f"blk.{layer}.{name}"] for name in (latent.keys, latent.values))
+        watch = LatentWatch(keys, values, self.tap)
+        return watch.attach(block.get_submodule(latent.attention), block.get_submodule(latent.module))
+
     def _watcher(self, name: str) -> Any:
         def saw(_module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
             recorder = self.tap.recorder
@@ -172,6 +185,6 @@ def _build(source: HuggingFaceSource) -> tuple[Any, Any]:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = "sdpa" if source.skeleton.latent is None else ATTENTION
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         return config, getattr(model, model.base_model_prefix)

@@ -107,7 +107,7 @@ def _slopes(run: Run, choices: Choices, direction: Direction) -> dict[str, Doubl
     ) -> Slopes:
         held = choices.index.get((layer, window), torch.empty(n_ctx, 0)).long()
         slopes = Slopes(held, direction.open)
-        with HeldRouting(held):
+        with HeldRouting(held, len(choices.counts.get(layer, ()))):
             pass_over(run.model, block, positions, run.states, slots, window, slopes)
         return slopes
 

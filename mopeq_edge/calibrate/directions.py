@@ -67,7 +67,9 @@ class Chooser:
     def saw_input(self, name: str, x: Tensor, matrix: int = 0, n_matrices: int = 1) -> None:
         """Nothing to do."""
 
-    def watch_output(self, name: str, x: Tensor, y: Tensor, matrix: int = 0, n_matrices: int = 1) -> None:
+    def watch_output(
+        self, name: str, x: Tensor, y: Tensor, matrix: int = 0, n_matrices: int = 1, *, transposed: bool = False
+    ) -> None:
         """Nothing to do."""
 
 
@@ -95,7 +97,9 @@ class Slopes:
     def saw_input(self, name: str, x: Tensor, matrix: int = 0, n_matrices: int = 1) -> None:
         """Nothing to do."""
 
-    def watch_output(self, name: str, x: Tensor, y: Tensor, matrix: int = 0, n_matrices: int = 1) -> None:
+    def watch_output(
+        self, name: str, x: Tensor, y: Tensor, matrix: int = 0, n_matrices: int = 1, *, transposed: bool = False
+    ) -> None:
         """When the gradient g [n_tokens, n_out] reaches ``y``, add sum_t g_t . (V x_t)."""
         stack = self.probes.get(name)
         if stack is None or not y.requires_grad:
@@ -111,17 +115,18 @@ class Slopes:
 
 
 class HeldRouting(TorchFunctionMode):
-    """While it is open in a thread, ``topk`` gives the values at ``held`` [n_tokens, k] instead of the largest ones.
+    """While it is open in a thread, ``topk`` of scores [n_tokens, n_expert] gives the values at ``held`` [n_tokens, k]
+    instead of the largest ones; of anything else, such as groups of experts, it is as ever.
 
     So every kind of router computes its gate weights, and their derivatives, for the choice that is held.
     """
 
-    def __init__(self, held: Tensor) -> None:
+    def __init__(self, held: Tensor, n_expert: int) -> None:
         super().__init__()
-        self.held = held
+        self.held, self.scores = held, (len(held), n_expert)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace topk, pass everything else through."""
-        if func in (torch.topk, Tensor.topk):
+        if func in (torch.topk, Tensor.topk) and tuple(args[0].shape) == self.scores:
             return torch.return_types.topk((args[0].gather(-1, self.held), self.held))
         return func(*args, **(kwargs or {}))

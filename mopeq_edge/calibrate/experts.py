@@ -23,8 +23,10 @@ class Watch(Protocol):
     def saw_input(self, name: str, x: Tensor, matrix: int = 0, n_matrices: int = 1) -> None:
         """``x`` [n_tokens, n_in] goes into one matrix of the GGUF tensor ``name``."""
 
-    def watch_output(self, name: str, x: Tensor, y: Tensor, matrix: int = 0, n_matrices: int = 1) -> None:
-        """``x`` made ``y`` [n_tokens, n_out], which a gradient may reach later."""
+    def watch_output(
+        self, name: str, x: Tensor, y: Tensor, matrix: int = 0, n_matrices: int = 1, *, transposed: bool = False
+    ) -> None:
+        """``x`` made ``y`` [n_tokens, n_out], which a gradient may reach later; ``transposed``: by the transpose."""
 
 
 @dataclass
@@ -47,12 +49,23 @@ class Recorder:
         squares = x.detach().square().sum(dim=0, dtype=torch.float64).numpy()
         self.activation.add(name, n_matrices, matrix, squares, x.shape[0])
 
-    def watch_output(self, name: str, x: Tensor, y: Tensor, matrix: int = 0, n_matrices: int = 1) -> None:
-        """When the gradient g [n_tokens, n_out] reaches ``y``, add sum_t |g_t|^2 x_tj^2."""
+    def watch_output(
+        self, name: str, x: Tensor, y: Tensor, matrix: int = 0, n_matrices: int = 1, *, transposed: bool = False
+    ) -> None:
+        """When the gradient g [n_tokens, n_out] reaches ``y``, add sum_t |g_t|^2 x_tj^2.
+
+        A gradient of the weight is g_t x_t^T; where the GGUF has the transpose, its columns are those of g, so the two
+        change places: sum_t |x_t|^2 g_tj^2.
+        """
         if not y.requires_grad:
             return
         x = x.detach()
-        y.register_hook(lambda g: self.saw_gradient(name, x, g, matrix, n_matrices))  # type: ignore[no-untyped-call]
+
+        def saw(g: Tensor) -> None:
+            g = g.reshape(len(x), -1)
+            self.saw_gradient(name, *((g, x) if transposed else (x, g)), matrix, n_matrices)
+
+        y.register_hook(saw)  # type: ignore[no-untyped-call]
 
     def saw_gradient(self, name: str, x: Tensor, g: Tensor, matrix: int = 0, n_matrices: int = 1) -> None:
         """``x`` [n_tokens, n_in] made an output that got the gradient ``g``, n_out numbers a token."""

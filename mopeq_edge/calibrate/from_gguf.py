@@ -10,7 +10,7 @@ import numpy as np
 from mopeq_edge.calibrate.statistics import routing_from_imatrix
 from mopeq_edge.calibrate.tokens import token_windows
 from mopeq_edge.errors import MopeqError
-from mopeq_edge.imatrix import Imatrix, read_imatrix
+from mopeq_edge.imatrix import Imatrix, read_imatrix, split_stacks
 from mopeq_edge.progress import Progress
 from mopeq_edge.runtime.tools import run_tool
 from mopeq_edge.sensitivity.pricing import Statistics
@@ -30,7 +30,7 @@ def calibrate_gguf(
         options += ["--chunks", str(len(windows)), "--no-ppl", "-t", str(threads), "--process-output"]
         try:
             run_tool("llama-imatrix", options)
-            made = read_imatrix(output)
+            made = split_stacks(read_imatrix(output), {t.name: t.n_matrices for t in source.tensors})
         except MopeqError:
             _read_all(source)
             raise

@@ -76,25 +76,27 @@ def _problem(
     tensors: Sequence[SourceTensor], kinds: Sequence[GgmlType], allowed: Mapping[str, Allowed], alignment: int
 ) -> Problem:
     column = {kind: index for index, kind in enumerate(kinds)}
-    n_rows, n_types = sum(t.n_matrices for t in tensors), len(kinds)
+    units = [_units(t) for t in tensors]
+    n_rows, n_types = sum(units), len(kinds)
     costs = np.full((n_rows, n_types), NEVER, dtype=np.int64)
     damages = np.full((n_rows, n_types), np.inf)
     padding = np.zeros((len(tensors), n_types), dtype=np.int64)
     group_padding, grouped = padding.copy(), np.array([is_stack(t) for t in tensors], dtype=bool)
     first = 0
     for index, tensor in enumerate(tensors):
-        rows = slice(first, first + tensor.n_matrices)
+        rows = slice(first, first + units[index])
         first = rows.stop
         for kind, damage in zip(allowed[tensor.name].types, allowed[tensor.name].damage, strict=True):
             own, at = kind.nbytes(tensor.n_in * tensor.n_out), column[kind]
-            spare = -(own * tensor.n_matrices) % alignment
-            costs[rows, at] = own if grouped[index] else own + spare
-            damages[rows, at] = damage
+            whole = own * tensor.n_matrices
+            spare = -whole % alignment
+            costs[rows, at] = own if grouped[index] else whole + spare
+            damages[rows, at] = damage if grouped[index] else damage.sum()
             if grouped[index]:
                 padding[index, at] = spare
                 group_padding[index, at] = alignment - math.gcd(own, alignment)
     overhead = np.array([_overhead(t, alignment) if is_stack(t) else [0] * (MAX_GROUPS + 1) for t in tensors])
-    stack = np.repeat(np.arange(len(tensors)), [t.n_matrices for t in tensors])
+    stack = np.repeat(np.arange(len(tensors)), units)
     shape = (len(tensors), MAX_GROUPS + 1)
     return Problem(costs, damages, stack, overhead.reshape(shape).astype(np.int64), padding, group_padding, grouped)
 
@@ -102,6 +104,11 @@ def _problem(
 def is_stack(tensor: SourceTensor) -> bool:
     """Whether the experts of ``tensor`` may have types of their own."""
     return tensor.projection is not None and len(tensor.shape) == 3
+
+
+def _units(tensor: SourceTensor) -> int:
+    """Types to choose: one an expert; a stack of another kind (a matrix a head) has one type."""
+    return tensor.n_matrices if is_stack(tensor) else 1
 
 
 def _overhead(stack: SourceTensor, alignment: int) -> list[int]:

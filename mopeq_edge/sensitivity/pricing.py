@@ -96,8 +96,9 @@ def pricings(tensor: SourceTensor, statistics: Statistics, mopeq: Sequence[float
     rows = None if tied else _row_weights(tensor, routing)
     frequency = _frequency(tensor, routing)
     made[FREQUENCY] = [Pricing(f, rows=rows) for f in frequency]
-    # a matrix that is no expert is its own layer of one: factor 1
-    made[HYBRID] = [Pricing(float(h), rows=rows) for h in hybrid_scores(frequency, mopeq)]
+    # a matrix that is no expert, one head's included, is its own layer of one: factor 1
+    hybrid = hybrid_scores(frequency, mopeq) if tensor.role is Role.EXPERT else np.ones(n)
+    made[HYBRID] = [Pricing(float(h), rows=rows) for h in hybrid]
     made[IMATRIX] = _priced(tensor, statistics.activation, 1.0 / routing.n_tokens, rows)
     if statistics.gradient is not None:
         scale = statistics.gradient.scale / (2.0 * routing.n_tokens)
@@ -113,7 +114,12 @@ def pricings(tensor: SourceTensor, statistics: Statistics, mopeq: Sequence[float
 def _fisher(
     tensor: SourceTensor, gradient: Imatrix, scale: float, rows: Doubles | None, lookups: Doubles | None
 ) -> list[Pricing]:
-    """``lookups`` [n_out]: shares of the tokens, for an embedding that is the output matrix too."""
+    """``lookups`` [n_out]: shares of the tokens, for an embedding that is the output matrix too.
+
+    A matrix with rows i and columns j has the diagonal Fisher F_ij; its entry has w_j = sum_i F_ij, which is spread
+    over n_out rows. That holds for the transposed matrices of latent attention as well: F_ij is c_ti^2 g_tj^2, with
+    the latent c along the rows, and w_j = sum_t |c_t|^2 g_tj^2 (see ``calibrate.latent``).
+    """
     if lookups is None:
         # an embedding row is one output, so its gradient is not spread over n_out rows
         factor = scale if tensor.role is Role.EMBEDDING else scale / tensor.n_out

@@ -20,7 +20,7 @@ from mopeq_edge.source.model import Source, SourceTensor
 from mopeq_edge.source.roles import Role
 
 SINGLE_MATRIX_ROWS = 8
-"""Times as many rows are sampled of a matrix that is no expert."""
+"""Times as many rows are sampled of a tensor of one matrix."""
 
 
 def measure_sensitivity(
@@ -39,7 +39,7 @@ def measure_sensitivity(
 
     ``quantize_with`` chooses the imatrix that weighs the quantizer: ``activation``, ``gradient`` or ``none``.
     Floors do not apply here, so one table serves every choice of floors. ``sample_rows`` rows are measured of each
-    expert's matrix, :data:`SINGLE_MATRIX_ROWS` times as many of other matrices; None measures all.
+    matrix of a stack, :data:`SINGLE_MATRIX_ROWS` times as many of other tensors; None measures all.
     """
     imatrix = statistics.imatrix(quantize_with)
     tensors = [t for t in source.tensors if t.quantizable]
@@ -52,7 +52,7 @@ def measure_sensitivity(
                 has_imatrix = imatrix is not None and tensor.name in imatrix.entries
                 chosen = candidates(tensor, types, has_imatrix=has_imatrix, floors={})
                 score = mopeq[tensor.layer] if tensor.role is Role.EXPERT and tensor.layer is not None else None
-                own = [_own_mopeq(tensor, norms[tensor.name])] if score is None else list(score)
+                own = _own_mopeq(tensor, norms[tensor.name]) if score is None else list(score)
                 errors[tensor.name] = measure_tensor(
                     source,
                     tensor,
@@ -69,8 +69,8 @@ def measure_sensitivity(
 
 
 def _rows_to_measure(tensor: SourceTensor, sample_rows: int | None) -> int | None:
-    """A stack averages over its experts; a tensor of one matrix needs more rows for the same error."""
-    if sample_rows is None or tensor.role is Role.EXPERT:
+    """A stack averages over its experts or heads; a tensor of one matrix needs more rows for the same error."""
+    if sample_rows is None or tensor.n_matrices > 1:
         return sample_rows
     return sample_rows * SINGLE_MATRIX_ROWS
 
@@ -112,5 +112,7 @@ def _mopeq_by_layer(tensors: Sequence[SourceTensor], norms: Mapping[str, Doubles
     return scores
 
 
-def _own_mopeq(tensor: SourceTensor, norms: Doubles) -> float:
-    return mopeq_score({tensor.name: float(norms[0])}, {tensor.name: tensor.n_in * tensor.n_out})
+def _own_mopeq(tensor: SourceTensor, norms: Doubles) -> list[float]:
+    """S of every matrix that is no expert's, for itself."""
+    sizes = {tensor.name: tensor.n_in * tensor.n_out}
+    return [mopeq_score({tensor.name: float(norm)}, sizes) for norm in norms]

@@ -24,9 +24,9 @@ class Part:
 
     ``expert`` picks along the first axis of a packed tensor [n_expert, …]; ``transposed`` says that what is left is
     stored as [n_in, n_out] and makes it [n_out, n_in]; ``rows`` then picks along its first axis (the gate half of a
-    packed gate_up). ``heads`` is set for a q or k whose rows
-    llama.cpp's rope wants in another order: of each of so many heads, row i of the first half and row i of the
-    second half in turn.
+    packed gate_up), ``columns`` along the last one of a transposed piece (the rows of one head in the checkpoint).
+    ``heads`` is set for a q or k whose rows llama.cpp's rope wants in another order: of each of so many heads, row i
+    of the first half and row i of the second half in turn.
     """
 
     tensor: str
@@ -34,6 +34,7 @@ class Part:
     rows: tuple[int, int] | None = None
     heads: int | None = None
     transposed: bool = False
+    columns: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,30 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention: of one latent a token, ``module`` makes each head's key (the part without rope),
+    then its value, head after head. ``keys`` and ``values`` are the GGUF's stacks of a matrix a head, the key's
+    transposed.
+
+    ``attention`` is the module around it: it asks transformers for the attention function by its configuration, with
+    queries whose first numbers meet that part of the key.
+    """
+
+    attention: str = "self_attn"
+    module: str = "self_attn.kv_b_proj"
+    keys: str = "attn_k_b.weight"
+    values: str = "attn_v_b.weight"
+
+
+@dataclass(frozen=True)
 class Skeleton:
     """transformers' modules of a family, for calibration.
 
     ``base(directory, config)`` builds configuration and decoder (with ``layers``, ``norm`` and ``rotary_emb``) on the
     meta device, so without weights; None leaves both to transformers' own tables. ``prefix`` stands before the
     decoder's tensors in the checkpoint; ``renamed`` are beginnings of names inside a block that differ: the module's,
-    then the checkpoint's. ``experts`` is where a block has its routed experts.
+    then the checkpoint's. ``experts`` is where a block has its routed experts, ``latent`` is set where
+    attention is latent.
 
     ``embedding_multiplier`` and ``logits_divisor`` name the numbers in transformers' configuration that multiply the
     embeddings and divide the logits, for a family that has them; what is inside a block its own module computes.
@@ -68,6 +86,7 @@ class Skeleton:
     experts: str = "mlp.experts"
     embedding_multiplier: str | None = None
     logits_divisor: str | None = None
+    latent: Latent | None = None
 
 
 @dataclass(frozen=True)

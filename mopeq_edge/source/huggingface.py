@@ -84,11 +84,12 @@ class HuggingFaceSource:
         return whole[interleaved_halves(n_rows, part.heads)[start - first : stop - first]], self.checkpoint.dtype(name)
 
     def _columns(self, part: Part, start: int, stop: int) -> Bytes:
-        """Columns of what the checkpoint has as [n_in, n_out], as rows; reads all of one expert."""
+        """Columns of what the checkpoint has as [n_in, n_out], as rows; reads all of one expert, or of ``columns``."""
         *_, n_in, n_out = self.checkpoint.shape(part.tensor)
-        first = (part.expert or 0) * n_in
-        stored = self.checkpoint.read_stored(part.tensor, first, first + n_in).reshape(n_in, n_out, -1)
-        return np.ascontiguousarray(stored[:, start:stop].swapaxes(0, 1)).reshape(stop - start, n_in * stored.shape[2])
+        first, (before, behind) = (part.expert or 0) * n_in, part.columns or (0, n_in)
+        stored = self.checkpoint.read_stored(part.tensor, first + before, first + behind)
+        numbers = stored.reshape(behind - before, n_out, -1)[:, start:stop].swapaxes(0, 1)
+        return np.ascontiguousarray(numbers).reshape(stop - start, (behind - before) * numbers.shape[2])
 
     def _piece(self, tensor: SourceTensor, matrix: int, rows: slice | None) -> tuple[str, int, int]:
         """(checkpoint tensor, first row, last row + 1); rows over all axes but the last, or columns if transposed."""
@@ -142,6 +143,8 @@ class HuggingFaceSource:
             shape = shape[::-1]
         if part.rows is not None and shape:
             shape = [part.rows[1] - part.rows[0], *shape[1:]] if part.rows[1] <= shape[0] else []
+        if part.columns is not None and shape:
+            shape = [*shape[:-1], part.columns[1] - part.columns[0]] if part.columns[1] <= shape[-1] else []
         return shape
 
     def _type_of(self, recipe: Recipe) -> GgmlType:

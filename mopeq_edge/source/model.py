@@ -15,6 +15,10 @@ from mopeq_edge.ggml.types import GgmlType
 from mopeq_edge.gguf_file import KV
 from mopeq_edge.source.roles import Role, layer_of, projection_of, role_of
 
+SMALL_MATRIX = 2**17
+"""Weights up to which a matrix is read whole for some of its rows: one read instead of many (and a head's matrix of
+latent attention, which is stored transposed, cannot be read in part)."""
+
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
@@ -143,7 +147,10 @@ def moe_shape(source: Source) -> MoeShape:
 
 
 def read_rows(source: Source, tensor: SourceTensor, matrix: int, rows: npt.NDArray[np.integer[Any]]) -> Floats:
-    """The given rows [len(rows), n_in], sorted; runs of neighbours are read in one piece."""
+    """The given rows [len(rows), n_in], sorted; runs of neighbours are read in one piece, a small matrix whole."""
+    if tensor.n_in * tensor.n_out <= SMALL_MATRIX:
+        found: Floats = source.read(tensor, matrix)[rows]
+        return found
     breaks = np.flatnonzero(np.diff(rows) != 1) + 1
     runs = np.split(rows, breaks)
     return np.concatenate([source.read(tensor, matrix, slice(int(r[0]), int(r[-1]) + 1)) for r in runs])

@@ -26,6 +26,7 @@ from mopeq_edge.progress import SilentProgress
 from mopeq_edge.source.huggingface import HuggingFaceSource, open_huggingface
 
 from ..builders import build_olmoe
+from ..converters.families import build_deepseek_v3
 
 N_LAYER, N_EXPERT, FF = 2, 8, 32
 
@@ -37,31 +38,33 @@ class Whole:
     loss: Tensor
     weights: list[Tensor]
     gradients: tuple[Tensor, ...]
+    layers: list[int]
     ff: int
 
     @classmethod
     def load(cls, directory: Path, windows: np.ndarray) -> Whole:
-        from transformers import OlmoeForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        model = OlmoeForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float64, experts_implementation="eager", attn_implementation="eager"
         ).eval()
         model.requires_grad_(False)
-        experts = [layer.mlp.experts for layer in model.model.layers]
+        layers = [n for n, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")]
+        experts = [model.model.layers[n].mlp.experts for n in layers]
         weights = [w.requires_grad_() for e in experts for w in (e.gate_up_proj, e.down_proj)]
         tokens = torch.from_numpy(windows).long()
         logits = model(tokens, use_cache=False).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), tokens[:, 1:].reshape(-1))
         gradients = torch.autograd.grad(loss, weights, create_graph=True)
-        return cls(loss, weights, gradients, experts[0].down_proj.shape[2])
+        return cls(loss, weights, gradients, layers, experts[0].down_proj.shape[2])
 
     def stacks(self) -> dict[str, tuple[int, slice]]:
         """By GGUF name: the packed tensor and its rows."""
         found = {}
-        for n in range(len(self.weights) // 2):
-            found[f"blk.{n}.ffn_gate_exps.weight"] = (2 * n, slice(0, self.ff))
-            found[f"blk.{n}.ffn_up_exps.weight"] = (2 * n, slice(self.ff, None))
-            found[f"blk.{n}.ffn_down_exps.weight"] = (2 * n + 1, slice(None))
+        for at, n in enumerate(self.layers):
+            found[f"blk.{n}.ffn_gate_exps.weight"] = (2 * at, slice(0, self.ff))
+            found[f"blk.{n}.ffn_up_exps.weight"] = (2 * at, slice(self.ff, None))
+            found[f"blk.{n}.ffn_down_exps.weight"] = (2 * at + 1, slice(None))
         return found
 
     def product(self, direction: list[Tensor]) -> list[Tensor]:
@@ -132,6 +135,14 @@ def test_a_probe_is_the_exact_product(tmp_path: Path, config: dict[str, Any]) ->
         assert choices.counts[layer].sum() == windows.size * config.get("n_used", 2)
 
 
+def test_a_router_that_chooses_in_groups(tmp_path: Path) -> None:
+    """DeepSeek-V3: its groups and its bias only choose, and the choice is held."""
+    directory = build_deepseek_v3(tmp_path / "m", "float32")
+    windows = text(3, 24)
+    found = run(opened(directory), windows, tmp_path, seed=7, probe=0)[1]
+    assert off(found, Whole.load(directory, windows).form(7, 0)) < 2e-3
+
+
 def test_the_step_is_between_rounding_and_truncation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Larger steps: an error of second order. Much smaller ones: float32's rounding."""
     directory = build_olmoe(tmp_path / "m", n_layer=N_LAYER, n_expert=N_EXPERT, ff=FF)
@@ -198,8 +209,9 @@ def _choices(source: HuggingFaceSource, windows: np.ndarray, scratch: Path) -> C
 def test_held_routing_gives_other_experts_and_their_own_weights() -> None:
     scores = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]], requires_grad=True)
     held = torch.tensor([[2, 0], [1, 2]])
-    with HeldRouting(held):
+    with HeldRouting(held, 3):
         values, index = torch.topk(scores, 2, dim=-1)
+        assert torch.topk(scores[:, :2], 1).indices.tolist() == [[0], [1]]
         assert scores.topk(2).indices.tolist() == held.tolist()
     assert index.tolist() == held.tolist()
     np.testing.assert_allclose(values.tolist(), [[0.2, 0.5], [0.2, 0.7]])

@@ -19,7 +19,7 @@ from mopeq_edge.calibrate.states import HiddenStates
 from mopeq_edge.emit import emit
 from mopeq_edge.ggml.library import load_ggml
 from mopeq_edge.ggml.types import F32
-from mopeq_edge.imatrix import EMBEDDING, LOOKUP, read_imatrix
+from mopeq_edge.imatrix import EMBEDDING, LOOKUP, read_imatrix, split_stacks
 from mopeq_edge.progress import SilentProgress
 from mopeq_edge.runtime.tools import run_tool
 from mopeq_edge.source.huggingface import HuggingFaceSource
@@ -34,6 +34,8 @@ MODULES = {
         f"self_attn.{ours}_proj": f"attn_{theirs}"
         for ours, theirs in zip("qkvo", ("q", "k", "v", "output"), strict=True)
     },
+    **{"self_attn.q_a_proj": "attn_q_a", "self_attn.q_b_proj": "attn_q_b"},
+    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
     **{f"mlp.{which}_proj": f"ffn_{which}" for which in ("gate", "up", "down")},
     **{f"mlp.shared_expert.{which}_proj": f"ffn_{which}_shexp" for which in ("gate", "up", "down")},
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
@@ -81,6 +83,7 @@ def test_activations_are_those_of_llama_imatrix(name: str, tmp_path: Path, calib
         progress=QUIET,
     ).activation
     assert ours is not None
+    theirs = split_stacks(theirs, {t.name: t.n_matrices for t in source.tensors})
     # llama-imatrix leaves out an output matrix that is the embedding
     assert ours.entries.keys() - theirs.entries.keys() == ({EMBEDDING} if name.endswith("-tied") else set())
     assert theirs.entries.keys() <= ours.entries.keys()
@@ -88,6 +91,21 @@ def test_activations_are_those_of_llama_imatrix(name: str, tmp_path: Path, calib
         np.testing.assert_array_equal(ours.entries[key].counts, entry.counts, err_msg=key)
         want = entry.sums
         np.testing.assert_allclose(ours.entries[key].sums, want, rtol=2e-4, atol=1e-6 * want.mean(), err_msg=key)
+
+
+def of_heads(
+    prefix: str, c: torch.Tensor, g: torch.Tensor, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, np.ndarray]:
+    """Column sums [n_head, n_in] of the diagonal Fisher of the GGUF's matrices: every token's gradient of every weight.
+
+    ``c`` [n_tokens, n_latent] are latents, ``g`` the gradients at keys and values, head after head. The GGUF's matrix
+    of a key has a row for each number of the latent.
+    """
+    n_key, _, n_head = shapes[f"{prefix}k_b.weight"]
+    keys, values = g.reshape(len(g), n_head, -1).split([n_key, g.shape[1] // n_head - n_key], dim=-1)
+    of_key = torch.einsum("ti,thj->thij", c, keys).square().sum((0, 2))
+    of_value = torch.einsum("thi,tj->thij", values, c).square().sum((0, 2))
+    return {f"{prefix}k_b.weight": of_key.numpy(), f"{prefix}v_b.weight": of_value.numpy()}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -114,10 +132,13 @@ def test_gradients_are_those_of_the_whole_model(name: str, tmp_path: Path, monke
     model.requires_grad_(False)
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     watched = {"output.weight": model.lm_head}
+    latents: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for full, module in decoder(model).layers.named_modules():
         layer, _, rest = full.partition(".")
         if (own := MODULES.get(rest)) is not None:
             watched[f"blk.{layer}.{own}.weight"] = module
+        elif rest.endswith("kv_b_proj"):
+            module.register_forward_hook(lambda _m, x, y, key=layer: latents.update({key: (x[0].detach(), y)}))
     for key, module in watched.items():
         module.register_forward_hook(lambda _m, x, y, key=key: seen.update({key: (x[0].detach(), y)}))
     embedded: list[torch.Tensor] = []
@@ -131,11 +152,15 @@ def test_gradients_are_those_of_the_whole_model(name: str, tmp_path: Path, monke
     logits = found if isinstance(found, torch.Tensor) else found.logits
     chosen = torch.stack([labels[seed] for seed in sorted(labels)])
     likelihood = torch.log_softmax(logits, -1).gather(-1, chosen.unsqueeze(-1)).sum()
-    *gradients, at_embedding = torch.autograd.grad(likelihood, [*(y for _, y in seen.values()), embedded[0]])
+    outputs = [y for _, y in (*seen.values(), *latents.values())]
+    *gradients, at_embedding = torch.autograd.grad(likelihood, [*outputs, embedded[0]])
     expected = {
         key: (g.flatten(0, -2).square().sum(1) @ x.flatten(0, -2).square()).numpy()
-        for (key, (x, _)), g in zip(seen.items(), gradients, strict=True)
+        for (key, (x, _)), g in zip(seen.items(), gradients[: len(seen)], strict=True)
     }
+    for (layer, (c, _)), g in zip(latents.items(), gradients[len(seen) :], strict=True):
+        shapes = {t.name: t.shape for t in source.tensors}
+        expected |= of_heads(f"blk.{layer}.attn_", c.flatten(0, -2), g.flatten(0, -2), shapes)
     x2 = {key: x.flatten(0, -2).square().sum(0).numpy() for key, (x, _) in seen.items()}
     lookups = at_embedding.square().flatten(0, 1).sum(0).numpy()
     if name.endswith("-tied"):
@@ -145,7 +170,8 @@ def test_gradients_are_those_of_the_whole_model(name: str, tmp_path: Path, monke
         expected[EMBEDDING] = lookups
     assert {key for key in ours.entries if "_exps." not in key} == set(expected)
     for key, want in expected.items():
-        np.testing.assert_allclose(ours.entries[key].sums[0] * ours.scale, want, rtol=2e-4, err_msg=key)
+        found = ours.entries[key].sums
+        np.testing.assert_allclose(found.reshape(want.shape) * ours.scale, want, rtol=2e-4, err_msg=key)
     for key, want in x2.items():
         np.testing.assert_allclose(activations.entries[key].sums[0], want, rtol=2e-4, err_msg=key)
 

@@ -161,6 +161,75 @@ def build_deepseek_ocr(directory: Path, dtype: str) -> Path:
     return add_tokenizer(directory)
 
 
+YARN = {
+    **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64},
+    **{"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.707, "mscale_all_dim": 0.707},
+}
+
+
+def _latent_settings(**config: Any) -> dict[str, Any]:
+    """Sizes that all differ where they may, a dense first layer, yarn."""
+    return {
+        **{"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32},
+        **{"num_hidden_layers": 3, "first_k_dense_replace": 1, "num_attention_heads": 4, "num_key_value_heads": 4},
+        **{"n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3, "max_position_embeddings": 256},
+        **{"q_lora_rank": 48, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 24},
+        **{"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "rope_parameters": YARN, **config},
+    }
+
+
+def _save_latent(model: Any, directory: Path, dtype: str) -> Path:
+    import torch
+
+    spread(model)
+    model.to(getattr(torch, dtype))
+    for name, value in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            # as released: in float32 beside matrices in BF16
+            value.data = 0.3 * torch.randn(value.shape)
+    model.save_pretrained(directory)
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    return add_tokenizer(directory)
+
+
+def build_deepseek_v2(directory: Path, dtype: str, **config: Any) -> Path:
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    settings = _latent_settings(routed_scaling_factor=1.5, **config)
+    return _save_latent(DeepseekV2ForCausalLM(DeepseekV2Config(**settings)), directory, dtype)
+
+
+def build_deepseek_v2_lite(directory: Path, dtype: str) -> Path:
+    """One matrix for the query, which llama.cpp takes for granted in 26 layers; no yarn."""
+    plain = {"rope_type": "default", "rope_theta": 2e4}
+    own = {"q_lora_rank": None, "num_hidden_layers": 26, "first_k_dense_replace": 24, "rope_parameters": plain}
+    return build_deepseek_v2(directory, dtype, **own)
+
+
+def build_deepseek_v3(directory: Path, dtype: str, **config: Any) -> Path:
+    """Chooses in groups, with a bias; a layer that predicts a further token."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    own = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2, "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+    settings = _latent_settings(**{**own, "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}, **config})
+    _save_latent(DeepseekV3ForCausalLM(DeepseekV3Config(**settings)), directory, dtype)
+    _add_predicting_layer(directory / "model.safetensors", settings["num_hidden_layers"])
+    return directory
+
+
+def _add_predicting_layer(weights: Path, n_layer: int) -> None:
+    """Behind the last block a copy of it, with what joins it to the others."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    files = load_file(weights)
+    last, own = f"model.layers.{n_layer - 1}.", f"model.layers.{n_layer}."
+    more = {own + name.removeprefix(last): value.clone() for name, value in files.items() if name.startswith(last)}
+    more |= {f"{own}{name}.weight": torch.ones(64) for name in ("enorm", "hnorm", "shared_head.norm")}
+    more |= {f"{own}eh_proj.weight": torch.zeros(64, 128), f"{own}embed_tokens.weight": torch.zeros(VOCAB, 64)}
+    save_file({**files, **more}, weights, metadata={"format": "pt"})
+
+
 def causal_model(directory: Path) -> Any:
     """What transformers opens by itself."""
     import torch
@@ -231,5 +300,8 @@ FAMILIES: Mapping[str, tuple[Callable[[Path, str], Path], Callable[[Path], Any]]
     "qwen3-moe-packed-tied": (build_packed_qwen3_moe, causal_model),
     "qwen3-vl-moe": (build_qwen3_vl_moe, qwen3_vl_moe_model),
     "deepseek-ocr": (build_deepseek_ocr, deepseek_ocr_model),
+    "deepseek-v2": (build_deepseek_v2, causal_model),
+    "deepseek-v2-lite": (build_deepseek_v2_lite, causal_model),
+    "deepseek-v3": (build_deepseek_v3, causal_model),
 }
 """How to write one, ``build(directory, dtype)``, and transformers' float32 model of the directory."""

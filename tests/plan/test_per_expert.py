@@ -119,8 +119,15 @@ def wide(n_expert: int) -> MemorySource:
     return MemorySource(grown)
 
 
+def heads() -> MemorySource:
+    """Also a stack that is no expert's: a matrix a head, of one type, beside odd ones."""
+    return MemorySource([*odd(5).tensors, SourceTensor("blk.0.attn_k_b.weight", (32, 33, 3), BF16)])
+
+
 @pytest.mark.parametrize(
-    "source", [odd(2), odd(5), odd(40), wide(16), MemorySource()], ids=["odd 2", "odd 5", "odd 40", "wide", "small"]
+    "source",
+    [odd(2), odd(5), odd(40), wide(16), MemorySource(), heads()],
+    ids=["odd 2", "odd 5", "odd 40", "wide", "small", "heads"],
 )
 def test_bytes_budget_and_stock(source: MemorySource, tmp_path: Path) -> None:
     options = replace(OPTIONS, types=parse_types("Q2_K,Q3_K,Q4_0,IQ4_NL,Q4_K,Q5_0,Q6_K,Q8_0"))
@@ -140,6 +147,7 @@ def test_bytes_budget_and_stock(source: MemorySource, tmp_path: Path) -> None:
         if sum(bool(t.groups) for t in plan.tensors) > stacks:
             stacks = sum(bool(t.groups) for t in plan.tensors)
             assert written_size(source, plan, tmp_path / "m.gguf") == plan.file_bytes
+        assert not any(t.groups for t in plan.tensors if "_exps" not in t.name)
     assert stacks > 0
     assert before == 0
     with pytest.raises(PlanError, match=rf"\({smallest - 1} bytes\): the smallest file .* has {smallest} bytes"):

@@ -86,6 +86,18 @@ def test_a_matrix_that_every_token_passes() -> None:
     close(prices(QUERY, "fisher"), np.array([[[5, 6]]]) * 0.5 / (2 * 10 * 2))
 
 
+def test_a_stack_of_a_matrix_a_head() -> None:
+    """No experts: every token passes all of them, and they are not ranked against each other."""
+    keys = SourceTensor("blk.0.attn_k_b.weight", (2, 4, 2), BF16)
+    entries = {keys.name: Entry(f32([3, 4], [1, 2]), f32(10, 10))}
+    heads = Statistics(Imatrix(entries, ("x",), 2, 5), Imatrix(entries, ("x",), 2, 5, GRADIENT, 0.5), ROUTING)
+    close(prices(keys, "mopeq", heads), [[[0.25]], [[0.75]]])
+    close(prices(keys, "frequency", heads), 1.0)
+    close(prices(keys, "hybrid", heads), 1.0)
+    close(prices(keys, "imatrix", heads), [[[0.3, 0.4]], [[0.1, 0.2]]])
+    close(prices(keys, "fisher", heads), np.array([[[3, 4]], [[1, 2]]]) * 0.5 / (2 * 10 * 4))
+
+
 def test_the_embedding_is_weighed_by_how_often_a_token_occurs() -> None:
     occurs = np.array([[6], [3], [1]]) / 10
     close(prices(EMBEDDING, "weight-mse"), 1.0)

@@ -216,3 +216,31 @@ def test_transposed_parts(tmp_path: Path) -> None:
     for part in (Part("w", 2, (0, 2), transposed=True), Part("w", 0, (3, 5), transposed=True), Part("w", 0, (0, 2))):
         with pytest.raises(SourceError, match=r"tensor 'w' has shape \[2, 3, 4\], but config.json asks for \[2, 3\]"):
             with_parts(2, part)
+
+
+@pytest.mark.parametrize(("code", "torch_type"), [("BF16", torch.bfloat16), ("F32", torch.float32)])
+def test_a_transposed_piece(tmp_path: Path, code: str, torch_type: torch.dtype) -> None:
+    """Rows 3 to 5 of a tensor [6, 4], transposed to [4, 2]: numbers move, their bytes do not."""
+    edit_json(tmp_path / "config.json", architectures=["X"])
+    whole = torch.randn(6, 4).to(torch_type)
+    save_file({"w": whole}, tmp_path / SINGLE)
+
+    def with_part(part: Part) -> HuggingFaceSource:
+        recipe = Recipe("blk.0.attn_k_b.weight", (2, 4, 1), (part,))
+        return HuggingFaceSource(tmp_path, Converter("x", lambda config, shapes: [recipe], lambda *_: {}))
+
+    source = with_part(Part("w", transposed=True, columns=(3, 5)))
+    tensor, expected = source.tensors[0], whole[3:5].T.contiguous()
+    assert tensor.type.name == code
+    assert np.array_equal(source.read(tensor), expected.float().numpy())
+    assert np.array_equal(source.read(tensor, 0, slice(1, 3)), expected[1:3].float().numpy())
+    assert source.read_stored(tensor, 0, slice(2, 4)).tobytes() == expected[2:].view(torch.uint8).numpy().tobytes()
+    assert source.read(tensor, 0, slice(2, 2)).shape == (0, 2)
+    for part in (
+        *(Part("w", rows=(3, 5)), Part("w", transposed=True)),
+        *(Part("w", transposed=True, columns=(5, 7)), Part("w", rows=(0, 2), transposed=True, columns=(3, 5))),
+    ):
+        with pytest.raises(SourceError, match=r"tensor 'w' has shape \[6, 4\], but config.json asks for \[4, 2\]"):
+            with_part(part)
+    with pytest.raises(ValueError, match="contiguous"):
+        source.read(tensor, 0, slice(0, 4, 2))

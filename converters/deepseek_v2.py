@@ -1,0 +1,213 @@
+"""DeepSeek-V2 and V3: multi-head latent attention; llama.cpp's ``deepseek2``.
+
+Keys and values are made of one latent a token. llama.cpp multiplies the query with each head's key matrix instead, and
+the latents that a head attends to, summed, with its value matrix: so ``kv_b_proj`` becomes two stacks of a matrix a
+head, the key's transposed. Rope turns neighbouring pairs on both sides, so no rows move. V2 routes by softmax; V3 by
+sigmoid, with a bias that only chooses, in groups. Tensor names: transformers' ``DeepseekV2`` and ``DeepseekV3``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from converters.deepseek_tensors import deepseek_tables, expert_extras, leading_dense
+from converters.key_values import add_text_parameters, as_kvs, need_number, start_writer
+from converters.tensor_table import HeadStack, PerHead, Row, Shapes, check_only, recipes_of, sizes_of
+from converters.vocabulary import add_bpe_vocabulary
+from mopeq_edge.errors import SourceError
+from mopeq_edge.gguf_file import KV
+from mopeq_edge.source.converter import Config, Converter, Latent, Recipe, Skeleton
+from mopeq_edge.source.model import SourceTensor
+
+ARCHITECTURE = "deepseek2"
+
+_ATTENTION: Mapping[str, Row | PerHead] = {
+    "self_attn.kv_a_proj_with_mqa.weight": Row("attn_kv_a_mqa.weight", ("hidden", "latent_and_rope")),
+    "self_attn.kv_a_layernorm.weight": Row("attn_kv_a_norm.weight", ("latent",), f32=True),
+    "self_attn.kv_b_proj.weight": PerHead(
+        "head", "latent", (HeadStack("attn_k_b.weight", "key", transposed=True), HeadStack("attn_v_b.weight", "value"))
+    ),
+    "self_attn.o_proj.weight": Row("attn_output.weight", ("values", "hidden")),
+}
+_QUERY: Mapping[str, Row] = {"self_attn.q_proj.weight": Row("attn_q.weight", ("hidden", "queries"))}
+_LOW_RANK_QUERY: Mapping[str, Row] = {
+    "self_attn.q_a_proj.weight": Row("attn_q_a.weight", ("hidden", "query_latent")),
+    "self_attn.q_a_layernorm.weight": Row("attn_q_a_norm.weight", ("query_latent",), f32=True),
+    "self_attn.q_b_proj.weight": Row("attn_q_b.weight", ("query_latent", "queries")),
+}
+_BIAS: Mapping[str, Row] = {
+    "mlp.gate.e_score_correction_bias": Row("exp_probs_b.bias", ("expert",), f32=True),
+}
+_SIZES = {
+    **{"head": "num_attention_heads", "latent": "kv_lora_rank", "key": "qk_nope_head_dim", "rope": "qk_rope_head_dim"},
+    "value": "v_head_dim",
+}
+_FP8_SCALE = ".weight_scale_inv"
+
+
+@dataclass(frozen=True)
+class Version:
+    """What V2 and V3 do differently: ``assumed`` is what transformers does where config.json says nothing, ``only``
+    what llama.cpp computes in one way, ``router`` the tensors that a router has besides its matrix."""
+
+    name: str
+    assumed: Mapping[str, Any]
+    only: Mapping[str, object]
+    router: Mapping[str, Row]
+
+
+_ASSUMED: Mapping[str, Any] = {
+    **{"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
+    "rms_norm_eps": 1e-6,
+}
+_ONLY: Mapping[str, object] = {
+    **{"hidden_act": "silu", "attention_bias": False, "moe_layer_freq": 1},
+    # the norms of the latents have this one whatever config.json says, llama.cpp has one for all: with 1e-5 the logits
+    # of small random models move by 1e-4 of their spread
+    "rms_norm_eps": 1e-6,
+}
+# llama.cpp does not read these from a file of this architecture
+_YARN: Mapping[str, object] = {
+    **{"beta_fast": 32, "beta_slow": 1, "attention_factor": None, "attn_factor": None, "extrapolation_factor": None},
+    "truncate": True,
+}
+V2 = Version(
+    "DeepSeek-V2",
+    {
+        **_ASSUMED,
+        **{"max_position_embeddings": 2048, "first_k_dense_replace": 0, "routed_scaling_factor": 1.0},
+    },
+    {
+        **_ONLY,
+        **{"mlp_bias": False, "norm_topk_prob": False, "scoring_func": "softmax"},
+        # llama.cpp ranks groups by the sum of their two best experts, V2 by the best one
+        **{"topk_method": "greedy", "n_group": 1},
+    },
+    {},
+)
+V3 = Version(
+    "DeepSeek-V3",
+    {
+        **_ASSUMED,
+        **{"max_position_embeddings": 4096, "first_k_dense_replace": 3, "routed_scaling_factor": 2.5},
+        **{"n_group": 8, "topk_group": 4, "num_experts_per_tok": 8, "norm_topk_prob": True},
+        # llama.cpp takes softmax where a file says nothing
+        **{"scoring_func": "sigmoid", "num_nextn_predict_layers": 1},
+    },
+    {**_ONLY, "rope_interleave": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    _BIAS,
+)
+
+
+def recipes(version: Version, config: Config, shapes: Shapes) -> list[Recipe]:
+    """Recipes in the order of ``shapes``."""
+    check_only(
+        config, {**version.only, "num_key_value_heads": need_number(config, "num_attention_heads")}, version.name
+    )
+    config = _with_defaults(version, config)
+    _check_rope(version, config)
+    scale = next((name for name in shapes if name.endswith(_FP8_SCALE)), None)
+    if scale is not None:
+        raise SourceError(f"tensor '{scale}' belongs to FP8 weights; give the checkpoint in BF16 instead")
+    sizes = sizes_of(config, _SIZES)
+    sizes |= {
+        "latent_and_rope": sizes["latent"] + sizes["rope"],
+        "queries": sizes["head"] * (sizes["key"] + sizes["rope"]),
+        "values": sizes["head"] * sizes["value"],
+    }
+    query = _QUERY
+    _check_query(config)
+    if config["q_lora_rank"] is not None:
+        query, sizes["query_latent"] = _LOW_RANK_QUERY, need_number(config, "q_lora_rank")
+    tables = deepseek_tables(config, shapes, {**query, **_ATTENTION}, router=version.router, sizes=sizes)
+    return recipes_of(tables, shapes)
+
+
+def key_values(
+    version: Version,
+    directory: Path,
+    config: Config,
+    tensors: Sequence[SourceTensor],
+    file_type: int,
+    pre: str | None,
+) -> dict[str, KV]:
+    """Key-values as llama.cpp's converter writes them."""
+    # seen from the latent, all heads share one key and value
+    config = {**_with_defaults(version, config), "num_key_value_heads": 1}
+    rope_dim, latent = need_number(config, "qk_rope_head_dim"), need_number(config, "kv_lora_rank")
+    extras: list[tuple[str, Any]] = [
+        ("add_leading_dense_block_count", leading_dense(config)),
+        ("add_vocab_size", need_number(config, "vocab_size")),
+    ]
+    if config["q_lora_rank"] is not None:
+        extras.append(("add_q_lora_rank", need_number(config, "q_lora_rank")))
+    extras.append(("add_kv_lora_rank", latent))
+    if config.get("head_dim") is None:
+        extras += [("add_key_length", latent + rope_dim), ("add_value_length", latent)]
+    extras += [
+        ("add_key_length_mla", need_number(config, "qk_nope_head_dim") + rope_dim),
+        ("add_value_length_mla", need_number(config, "v_head_dim")),
+        *expert_extras(config),
+        ("add_rope_dimension_count", rope_dim),
+    ]
+    if (mscale := _rope(config).get("mscale_all_dim")) is not None:
+        extras.append(("add_rope_scaling_yarn_log_mul", 0.1 * mscale))
+    writer = start_writer(directory, ARCHITECTURE, tensors)
+    add_text_parameters(writer, config, file_type, extras, (latent + rope_dim, latent))
+    add_bpe_vocabulary(writer, directory, need_number(config, "vocab_size"), pre)
+    return as_kvs(writer)
+
+
+DEEPSEEK_V2, DEEPSEEK_V3 = (
+    Converter(ARCHITECTURE, partial(recipes, version), partial(key_values, version), Skeleton(latent=Latent()))
+    for version in (V2, V3)
+)
+
+
+def _with_defaults(version: Version, config: Config) -> dict[str, Any]:
+    """``config`` with what transformers assumes where it says nothing; no ``q_lora_rank`` is a choice, though."""
+    assumed = dict(version.assumed)
+    if not (config.get("rope_parameters") or config.get("rope_scaling")):
+        assumed["rope_theta"] = 10000.0
+    return {**assumed, **{key: value for key, value in config.items() if value is not None or key == "q_lora_rank"}}
+
+
+def _rope(config: Config) -> Mapping[str, Any]:
+    rope: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return rope
+
+
+def _check_rope(version: Version, config: Config) -> None:
+    """Without scaling, or yarn with the one factor of all attention that the file has room for."""
+    rope = _rope(config)
+    kind = rope.get("rope_type", rope.get("type")) or "default"
+    if kind == "default":
+        return
+    if kind != "yarn":
+        raise SourceError(
+            f"config.json has rope type '{kind}', expected default or yarn: llama.cpp would scale {version.name}'s "
+            "attention as for yarn, so no GGUF of this checkpoint would be right"
+        )
+    check_only(rope, _YARN, f"{version.name}'s yarn")
+    mscale, of_all = rope.get("mscale"), rope.get("mscale_all_dim")
+    if not of_all or mscale != of_all:
+        raise SourceError(
+            f"config.json has yarn with mscale {mscale!r} and mscale_all_dim {of_all!r}, expected equal numbers: "
+            "llama.cpp knows one of them only, so no GGUF of this checkpoint would be right"
+        )
+
+
+def _check_query(config: Config) -> None:
+    """llama.cpp tells by the numbers of layers and tokens whether the query has one matrix or two."""
+    n_layer, n_vocab = need_number(config, "num_hidden_layers"), need_number(config, "vocab_size")
+    one_matrix = n_layer in (26, 27) or (n_layer, n_vocab) == (48, 128256)
+    if one_matrix != (config["q_lora_rank"] is None):
+        raise SourceError(
+            f"config.json has q_lora_rank {config['q_lora_rank']!r} and {n_layer} layers, expected "
+            f"{'none' if one_matrix else 'a number'}: llama.cpp gives the query one matrix in models of 26 or 27 "
+            "layers and two in all others, so it could not load a GGUF of this checkpoint"
+        )
