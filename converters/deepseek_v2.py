@@ -64,12 +64,10 @@ _ASSUMED: Mapping[str, Any] = {
     **{"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
     "rms_norm_eps": 1e-6,
 }
-_ONLY: Mapping[str, object] = {
-    **{"hidden_act": "silu", "attention_bias": False, "moe_layer_freq": 1},
-    # the norms of the latents have this one whatever config.json says, llama.cpp has one for all: with 1e-5 the logits
-    # of small random models move by 1e-4 of their spread
-    "rms_norm_eps": 1e-6,
-}
+_ONLY: Mapping[str, object] = {"hidden_act": "silu", "attention_bias": False, "moe_layer_freq": 1}
+_LARGEST_EPSILON = 1e-5
+"""The norms of the latents have 1e-6 whatever config.json says, llama.cpp has one for all: with this one the logits of
+small random models move by 1e-4 of their spread."""
 # llama.cpp does not read these from a file of this architecture
 _YARN: Mapping[str, object] = {
     **{"beta_fast": 32, "beta_slow": 1, "attention_factor": None, "attn_factor": None, "extrapolation_factor": None},
@@ -109,6 +107,11 @@ def recipes(version: Version, config: Config, shapes: Shapes) -> list[Recipe]:
         config, {**version.only, "num_key_value_heads": need_number(config, "num_attention_heads")}, version.name
     )
     config = _with_defaults(version, config)
+    if not 0 < config["rms_norm_eps"] <= _LARGEST_EPSILON:
+        raise SourceError(
+            f"config.json has rms_norm_eps {config['rms_norm_eps']!r}, expected at most {_LARGEST_EPSILON}: llama.cpp "
+            "gives it to the norms of the latents too, so no GGUF of this checkpoint would be right"
+        )
     _check_rope(version, config)
     scale = next((name for name in shapes if name.endswith(_FP8_SCALE)), None)
     if scale is not None:
