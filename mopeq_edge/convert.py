@@ -21,6 +21,7 @@ from mopeq_edge.pipeline import (
     check_budget,
     check_calibration,
     check_sensitivity,
+    load_traces,
     run_calibrate,
     run_emit,
     run_forecast,
@@ -33,7 +34,7 @@ from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.forecast import Forecast
 from mopeq_edge.plan.options import PlanOptions
 from mopeq_edge.sensitivity.pricing import Statistics, require_scores
-from mopeq_edge.sensitivity.scores import FISHER, IMATRIX
+from mopeq_edge.sensitivity.scores import FISHER, FISHER_TRACE, IMATRIX
 
 VALIDATION_FORMAT, CHOICE_FORMAT, VERSION = "mopeq-edge validation", "mopeq-edge imatrix choice", 1
 
@@ -118,9 +119,12 @@ class Converted:
 
 
 def default_sensitivity(context: Context, calibration: CalibrationRequest) -> str:
-    """``fisher`` where a backward pass is possible and wanted, else ``imatrix``."""
+    """``fisher`` where a backward pass is possible and wanted, ``fisher-trace`` if there are or will be traces too; else
+    ``imatrix``."""
     has_gradient = context.source.kind == "huggingface" and calibration.imatrix is None and calibration.fisher
-    return FISHER if has_gradient else IMATRIX
+    if not has_gradient:
+        return IMATRIX
+    return FISHER_TRACE if calibration.trace is not None or load_traces(context) is not None else FISHER
 
 
 def convert(context: Context, request: ConvertRequest) -> Converted:

@@ -27,7 +27,7 @@ from mopeq_edge.plan.per_expert import is_stack
 from mopeq_edge.progress import Progress
 from mopeq_edge.sensitivity.pricing import Statistics, require_scores
 from mopeq_edge.sensitivity.run import measure_sensitivity
-from mopeq_edge.sensitivity.scores import TRACE
+from mopeq_edge.sensitivity.scores import NEEDS_TRACES
 from mopeq_edge.sensitivity.table import SensitivityTable, read_table, write_table
 from mopeq_edge.source.model import Source
 from mopeq_edge.source.open import open_source, source_files_digest
@@ -111,8 +111,8 @@ def check_calibration(context: Context, request: CalibrationRequest) -> None:
 
 
 def check_sensitivity(context: Context, request: CalibrationRequest, sensitivity: str) -> None:
-    """Raise :class:`CalibrationError` for ``trace`` when it is neither there nor asked for, before any work."""
-    if sensitivity == TRACE and request.trace is None and _load_traces(context) is None:
+    """Raise :class:`CalibrationError` for a score of traces that are neither there nor asked for, before any work."""
+    if sensitivity in NEEDS_TRACES and request.trace is None and load_traces(context) is None:
         require_scores([sensitivity], Statistics())
 
 
@@ -145,7 +145,7 @@ def load_statistics(context: Context) -> Statistics:
         activation=read_imatrix(work.file(ACTIVATION_FILE)),
         gradient=read_imatrix(work.file(GRADIENT_FILE)) if GRADIENT_FILE in names else None,
         routing=read_routing(work.file(ROUTING_FILE)),
-        traces=_load_traces(context),
+        traces=load_traces(context),
     )
     _note_unrouted(statistics, context.progress)
     _note_clamped(statistics, context.progress)
@@ -333,7 +333,7 @@ def _run_trace(context: Context, request: CalibrationRequest, trace: TraceReques
     context.work.record("trace", made_from, [TRACE_FILE])
 
 
-def _load_traces(context: Context) -> Traces | None:
+def load_traces(context: Context) -> Traces | None:
     """The traces in the work directory, if they are this source's."""
     if TRACE_FILE not in context.work.files("trace"):
         return None

@@ -18,7 +18,7 @@ from mopeq_edge.cli import cli
 from mopeq_edge.ggml.types import BY_NAME
 from mopeq_edge.imatrix import read_imatrix
 from mopeq_edge.runtime.tools import run_tool
-from mopeq_edge.sensitivity.scores import SCORES, TRACE
+from mopeq_edge.sensitivity.scores import NEEDS_TRACES, SCORES
 from mopeq_edge.sensitivity.table import read_table
 from mopeq_edge.source.open import open_source
 
@@ -75,7 +75,7 @@ def test_convert(
             assert entry.sums.shape == (N_HEAD, n_in)
             assert (entry.counts == 4 * 64).all()
         errors = read_table(work / "sensitivity-gradient.safetensors").errors[name]
-        assert set(errors.damage) == set(SCORES) - {TRACE}
+        assert set(errors.damage) == set(SCORES) - NEEDS_TRACES
         for score, damage in errors.damage.items():
             assert damage.shape == (len(errors.types), N_HEAD), score
             assert (damage[:-1] > 0).all(), score

@@ -1,7 +1,7 @@
 """Several finished studies side by side: how models differ, what the per-expert layout brought, and what was best.
 
 For each model and budget: the forecast's statistics, the predicted and the measured ratio of the two layouts (knapsack
-by ``fisher``), and the best and second best case of all that was measured. Reads work directories, measures nothing.
+by the best score that was measured), and the best and second best case of all that was measured. Reads work directories, measures nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.candidates import FLOORS
 from mopeq_edge.plan.forecast import Forecast
 from mopeq_edge.plan.options import PlanOptions
-from mopeq_edge.sensitivity.scores import FISHER
+from mopeq_edge.sensitivity.scores import BEST
 from mopeq_edge.study.bootstrap import Estimate, ratio_estimate
 from mopeq_edge.study.report import Entry, entries, label
 from mopeq_edge.study.rows import Row, RowFile
@@ -59,11 +59,12 @@ def compare(name: str, context: Context, rows: Sequence[Row]) -> list[Compared]:
     for entry in entries(rows):
         by_budget.setdefault(entry.row.budget_bytes or 0, []).append(entry)
     for budget_bytes, own in sorted(by_budget.items()):
-        of_layout = {e.row.layout: e.row for e in own if (e.row.planner, e.row.sensitivity) == (KNAPSACK, FISHER)}
-        if set(of_layout) != {STOCK, PER_EXPERT}:
+        planned = {(e.row.sensitivity, e.row.layout): e.row for e in own if e.row.planner == KNAPSACK}
+        score = next((s for s in BEST if {(s, STOCK), (s, PER_EXPERT)} <= planned.keys()), None)
+        if score is None:
             continue
-        stock, per_expert = of_layout[STOCK], of_layout[PER_EXPERT]
-        options, budget = PlanOptions(FISHER, types, FLOORS), Budget(gb=budget_bytes / GB)
+        stock, per_expert = planned[score, STOCK], planned[score, PER_EXPERT]
+        options, budget = PlanOptions(score, types, FLOORS), Budget(gb=budget_bytes / GB)
         plan = plan_only(context, table, statistics, budget, options)
         forecast = run_forecast(context, table, statistics, budget, options, plan)
         assert forecast is not None, "the knapsack has both layouts"

@@ -75,10 +75,12 @@ budget_options = _stack(
 plan_options = _stack(
     click.option(
         "--sensitivity",
-        type=click.Choice(["auto", "fisher", "imatrix", "weight-mse", "mopeq", "frequency", "hybrid", "trace"]),
+        type=click.Choice(
+            ["auto", "fisher", "imatrix", "weight-mse", "mopeq", "frequency", "hybrid", "trace", "fisher-trace"]
+        ),
         default="auto",
         show_default=True,
-        help="Score that prices errors; auto is fisher where there are gradients, else imatrix; mopeq for its planner.",
+        help="Score that prices errors; auto is fisher-trace with --trace, else fisher, without gradients imatrix; mopeq for its planner.",
     ),
     click.option("--types", default="default", show_default=True, help="Candidate types: default, k, all, or a list."),
     click.option("--floor", "floors", multiple=True, help="ROLE=TYPE or ROLE=BITS: least type of a role."),

@@ -140,7 +140,7 @@ def plan(model: Path, **given: Any) -> None:
     from mopeq_edge.cli.console import console_progress, print_json, print_table
     from mopeq_edge.pipeline import load_sensitivity, run_forecast, run_plan
     from mopeq_edge.plan.artifact import require_stock, tensor_type_lines, write_plan
-    from mopeq_edge.sensitivity.scores import FISHER, IMATRIX
+    from mopeq_edge.sensitivity.scores import BEST
 
     budget, request = options.budget(given), options.plan_request(given)
     if given["tensor_type_file"] is not None:
@@ -150,7 +150,7 @@ def plan(model: Path, **given: Any) -> None:
         calibrated = _finished_calibration(context)
         table = load_sensitivity(context.work)
         if request.sensitivity == "auto":
-            request = replace(request, sensitivity=FISHER if FISHER in table.scores else IMATRIX)
+            request = replace(request, sensitivity=next(s for s in BEST if s in table.scores))
         made = run_plan(context, table, calibrated.statistics, budget, request)
         comparison = run_forecast(context, table, calibrated.statistics, budget, request, made)
     if given["output"] is not None:

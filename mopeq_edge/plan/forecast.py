@@ -16,14 +16,10 @@ from typing import Any
 import numpy as np
 
 from mopeq_edge.calibrate.statistics import Routing
-from mopeq_edge.ggml.types import BY_NAME
 from mopeq_edge.plan.artifact import PER_EXPERT, Plan
-from mopeq_edge.sensitivity.scores import FISHER, Doubles
+from mopeq_edge.sensitivity.scores import IN_NATS, Doubles
 from mopeq_edge.sensitivity.table import SensitivityTable
 from mopeq_edge.source.model import SourceTensor
-
-REFERENCE_BPW = 3.4375
-"""Damages are compared in the measured type nearest to Q3_K: in the middle of what experts get."""
 
 MEASURED_OVER_PREDICTED = (0.9, 1.3)
 """Range of (measured / predicted) ratio of the two layouts' KLD over the models and budgets of docs/study.md."""
@@ -50,7 +46,7 @@ class Forecast:
     @property
     def measured(self) -> tuple[float, float] | None:
         """The ratio of KLD to expect, from models that were measured; None where nothing was: other scores."""
-        if self.sensitivity != FISHER:
+        if self.sensitivity not in IN_NATS:
             return None
         low, high = MEASURED_OVER_PREDICTED
         return low * self.ratio, high * self.ratio
@@ -104,12 +100,11 @@ def routing_skew(routing: Routing) -> float:
 
 
 def _damages(table: SensitivityTable, stack: SourceTensor, score: str) -> Doubles | None:
-    """[n_expert] in the type nearest to :data:`REFERENCE_BPW`; None if nothing was measured or hurts."""
+    """[n_expert] in the stack's middle type; None if nothing was measured or hurts."""
     errors = table.require(stack.name, score)
-    kinds = [BY_NAME[name] for name in errors.types[:-1]]
-    if not kinds:
+    row = errors.middle_type()
+    if row is None:
         return None
-    row = min(range(len(kinds)), key=lambda i: (abs(kinds[i].bpw - REFERENCE_BPW), kinds[i].name))
     own = errors.damage[score][row]
     own = own[own > 0]
     return own if len(own) else None

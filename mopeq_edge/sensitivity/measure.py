@@ -10,13 +10,17 @@ import numpy as np
 import numpy.typing as npt
 
 from mopeq_edge.ggml.library import Ggml
-from mopeq_edge.ggml.types import GgmlType
+from mopeq_edge.ggml.types import BY_NAME, GgmlType
 from mopeq_edge.imatrix import Imatrix
 from mopeq_edge.sensitivity.scores import Doubles, Pricing
 from mopeq_edge.source.model import Source, SourceTensor, read_rows
 
 ROWS_AT_ONCE = 2**21
 """Weights that one piece of work holds as float32, at most (one row at least)."""
+
+
+MIDDLE_BPW = 3.4375
+"""Bits per weight in the middle of what experts get: Q3_K's."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,11 @@ class TensorErrors:
     damage: Mapping[str, Doubles]
     variance: Mapping[str, Doubles]
     norms: Doubles
+
+    def middle_type(self) -> int | None:
+        """The row of the quantized type nearest to :data:`MIDDLE_BPW`; None if there is none."""
+        kinds = [BY_NAME[name] for name in self.types[:-1]]
+        return min(range(len(kinds)), key=lambda i: (abs(kinds[i].bpw - MIDDLE_BPW), kinds[i].name), default=None)
 
 
 def sampled_rows(n_out: int, sample: int | None, seed: int) -> npt.NDArray[np.int64]:

@@ -14,7 +14,7 @@ from mopeq_edge.plan.candidates import candidates
 from mopeq_edge.progress import Progress
 from mopeq_edge.sensitivity.measure import ROWS_AT_ONCE, measure_tensor, total_matrices
 from mopeq_edge.sensitivity.pricing import Statistics, pricings
-from mopeq_edge.sensitivity.scores import Doubles, mopeq_score
+from mopeq_edge.sensitivity.scores import DERIVED, Doubles, mopeq_score
 from mopeq_edge.sensitivity.table import SensitivityTable
 from mopeq_edge.source.model import Source, SourceTensor
 from mopeq_edge.source.roles import Role
@@ -65,7 +65,8 @@ def measure_sensitivity(
                     on_matrix=step.advance,
                 )
     unrouted = imatrix.unrouted if imatrix is not None else ()
-    return SensitivityTable(errors, mopeq, statistics.available(), quantize_with, unrouted, sample_rows, made_from)
+    scores = tuple(score for score in statistics.available() if score not in DERIVED)
+    return SensitivityTable(errors, mopeq, scores, quantize_with, unrouted, sample_rows, made_from)
 
 
 def _rows_to_measure(tensor: SourceTensor, sample_rows: int | None) -> int | None:

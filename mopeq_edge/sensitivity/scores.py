@@ -13,6 +13,7 @@ score                 damage of D                                              u
 ``frequency``         (tokens routed to e / T) sum_ij D_ij^2                   squared weight error per token
 ``hybrid``            f(e) s(e) sum_ij D_ij^2, see below                       squared weight error
 ``trace``             1/2 tr(H_e)/n sum_ij D_ij^2, see below                   nats per token
+``fisher-trace``      mean of the two, the trace scaled: see ``combine``       nats per token
 ====================  =======================================================  ======================
 
 T is the number of calibration tokens; the sums over t run over the tokens routed to the expert, so they
@@ -45,6 +46,7 @@ Doubles = npt.NDArray[np.float64]
 
 FISHER, IMATRIX, WEIGHT_MSE = "fisher", "imatrix", "weight-mse"
 MOPEQ, FREQUENCY, HYBRID, TRACE = "mopeq", "frequency", "hybrid", "trace"
+FISHER_TRACE = "fisher-trace"
 
 UNITS: Mapping[str, str] = {
     FISHER: "nats of KLD per token",
@@ -54,12 +56,19 @@ UNITS: Mapping[str, str] = {
     FREQUENCY: "squared weight error per token",
     HYBRID: "squared weight error",
     TRACE: "nats per token",
+    FISHER_TRACE: "nats per token",
 }
 SCORES: tuple[str, ...] = tuple(UNITS)
 
-NEEDS_GRADIENT: frozenset[str] = frozenset({FISHER, TRACE})
-NEEDS_ROUTING: frozenset[str] = frozenset({FISHER, IMATRIX, FREQUENCY, HYBRID, TRACE})
-NEEDS_TRACES: frozenset[str] = frozenset({TRACE})
+BEST: tuple[str, ...] = (FISHER_TRACE, FISHER, IMATRIX)
+"""What to plan by: the first of these that the statistics allow (docs/study.md)."""
+
+NEEDS_GRADIENT: frozenset[str] = frozenset({FISHER, TRACE, FISHER_TRACE})
+NEEDS_ROUTING: frozenset[str] = frozenset({FISHER, IMATRIX, FREQUENCY, HYBRID, TRACE, FISHER_TRACE})
+NEEDS_TRACES: frozenset[str] = frozenset({TRACE, FISHER_TRACE})
+DERIVED: frozenset[str] = frozenset({FISHER_TRACE})
+"""Scores that follow from others and are not stored."""
+IN_NATS: frozenset[str] = frozenset({FISHER, TRACE, FISHER_TRACE})
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import numpy as np
 
 from mopeq_edge.array_file import read_arrays, write_arrays
 from mopeq_edge.errors import PlanError
+from mopeq_edge.sensitivity.combine import with_fisher_trace
 from mopeq_edge.sensitivity.measure import TensorErrors
-from mopeq_edge.sensitivity.scores import Doubles
+from mopeq_edge.sensitivity.scores import FISHER_TRACE, Doubles
 
 FORMAT, VERSION = "mopeq-edge sensitivity", "1"
 
@@ -76,18 +77,25 @@ def write_table(table: SensitivityTable, path: Path) -> None:
 
 
 def read_table(path: Path) -> SensitivityTable:
-    """Read what :func:`write_table` wrote. Raises :class:`FormatError` for anything else."""
+    """Read what :func:`write_table` wrote, and add ``fisher-trace``, which follows from it.
+
+    Raises :class:`FormatError` for anything else.
+    """
     info, arrays = read_arrays(path, FORMAT, VERSION, "run sensitivity again")
     scores = tuple(info["scores"])
-    errors = {
-        name: TensorErrors(
-            types=tuple(types),
-            damage={s: arrays[f"damage/{s}/{name}"] for s in scores},
-            variance={s: arrays[f"variance/{s}/{name}"] for s in scores},
-            norms=arrays[f"norms/{name}"],
-        )
-        for name, types in info["types"].items()
-    }
+    errors = with_fisher_trace(
+        {
+            name: TensorErrors(
+                types=tuple(types),
+                damage={s: arrays[f"damage/{s}/{name}"] for s in scores},
+                variance={s: arrays[f"variance/{s}/{name}"] for s in scores},
+                norms=arrays[f"norms/{name}"],
+            )
+            for name, types in info["types"].items()
+        }
+    )
+    if all(FISHER_TRACE in own.damage for own in errors.values()):
+        scores += (FISHER_TRACE,)
     layers = sorted(int(key.split("/")[1]) for key in arrays if key.startswith("mopeq/"))
     mopeq = {layer: arrays[f"mopeq/{layer}"] for layer in layers}
     return SensitivityTable(

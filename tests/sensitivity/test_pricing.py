@@ -11,7 +11,7 @@ from mopeq_edge.errors import CalibrationError
 from mopeq_edge.ggml.types import BF16
 from mopeq_edge.imatrix import GRADIENT, LOOKUP, Entry, Imatrix
 from mopeq_edge.sensitivity.pricing import Statistics, pricings, require_scores
-from mopeq_edge.sensitivity.scores import Pricing
+from mopeq_edge.sensitivity.scores import DERIVED, Pricing
 from mopeq_edge.source.model import SourceTensor
 
 # two windows of five tokens, two experts of which the second was never used, a vocabulary of three
@@ -118,7 +118,7 @@ def test_only_what_the_statistics_allow() -> None:
     assert weights_only.available() == ("weight-mse", "mopeq") == tuple(pricings(UP, weights_only, [1.0, 1.0]))
     assert set(foreign.available()) == {"weight-mse", "mopeq", "frequency", "hybrid", "imatrix"}
     assert set(pricings(UP, foreign, [1.0, 1.0])) == set(foreign.available())
-    assert set(ALL.available()) == set(pricings(UP, ALL, [1.0, 1.0]))
+    assert set(ALL.available()) == {*pricings(UP, ALL, [1.0, 1.0]), *DERIVED}
     # traces of experts alone price no other matrix
     untraced = Statistics(ACTIVATION, GRADIENTS, ROUTING)
     without_gradients = Statistics(ACTIVATION, None, ROUTING, TRACES)
