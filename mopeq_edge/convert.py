@@ -119,8 +119,7 @@ class Converted:
 
 
 def default_sensitivity(context: Context, calibration: CalibrationRequest) -> str:
-    """``fisher`` where a backward pass is possible and wanted, ``fisher-trace`` if there are or will be traces too; else
-    ``imatrix``."""
+    """``fisher`` where a backward pass is possible and wanted (``fisher-trace`` with traces), else ``imatrix``."""
     has_gradient = context.source.kind == "huggingface" and calibration.imatrix is None and calibration.fisher
     if not has_gradient:
         return IMATRIX

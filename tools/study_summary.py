@@ -1,7 +1,8 @@
 """Several finished studies side by side: how models differ, what the per-expert layout brought, and what was best.
 
 For each model and budget: the forecast's statistics, the predicted and the measured ratio of the two layouts (knapsack
-by the best score that was measured), and the best and second best case of all that was measured. Reads work directories, measures nothing.
+by the best score that was measured), and the best and second best case of all that was measured. Reads work
+directories, measures nothing.
 """
 
 from __future__ import annotations

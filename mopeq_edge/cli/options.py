@@ -76,11 +76,12 @@ plan_options = _stack(
     click.option(
         "--sensitivity",
         type=click.Choice(
-            ["auto", "fisher", "imatrix", "weight-mse", "mopeq", "frequency", "hybrid", "trace", "fisher-trace"]
+            ["auto", "fisher", "fisher-trace", "imatrix", "weight-mse", "mopeq", "frequency", "hybrid", "trace"]
         ),
         default="auto",
         show_default=True,
-        help="Score that prices errors; auto is fisher-trace with --trace, else fisher, without gradients imatrix; mopeq for its planner.",
+        help="Score that prices errors; auto is fisher-trace with --trace, else fisher, for a GGUF imatrix; "
+        "mopeq for its planner.",
     ),
     click.option("--types", default="default", show_default=True, help="Candidate types: default, k, all, or a list."),
     click.option("--floor", "floors", multiple=True, help="ROLE=TYPE or ROLE=BITS: least type of a role."),

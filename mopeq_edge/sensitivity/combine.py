@@ -19,8 +19,8 @@ from mopeq_edge.source.roles import Role, role_of
 def with_fisher_trace(errors: Mapping[str, TensorErrors]) -> dict[str, TensorErrors]:
     """``errors`` with damage and variance by ``fisher-trace``, where there are both ``fisher`` and ``trace``.
 
-    Matrices that are no experts keep their ``fisher`` damage. The variance is an upper bound: the two are measured on the
-    same rows.
+    Matrices that are no experts keep their ``fisher`` damage. The variance is an upper bound: the two are measured on
+    the same rows.
     """
     if any(not {FISHER, TRACE} <= own.damage.keys() for own in errors.values()):
         return dict(errors)
