@@ -17,7 +17,7 @@ from mopeq_edge.gguf_file import KV
 from mopeq_edge.source.checkpoint import CONFIG, Checkpoint, read_config
 from mopeq_edge.source.converter import Converter, Part, Recipe
 from mopeq_edge.source.model import Bytes, Floats, SourceTensor, require_finite
-from mopeq_edge.source.safetensors_file import as_f32
+from mopeq_edge.source.shard import as_f32
 
 STORED_AS: Mapping[str, GgmlType] = {"BF16": BF16, "F16": F16, "F32": F32, "F64": F32}
 """How a matrix of each checkpoint type is stored in a GGUF."""
