@@ -12,9 +12,9 @@ from converters.qwen2_moe import QWEN2_MOE
 from converters.qwen3_moe import QWEN3_MOE
 from converters.qwen3_vl_moe import QWEN3_VL_MOE
 from converters.refused import REFUSED
-from mopeq_edge.source.converter import Converter
+from mopeq_edge.source.converter import Converters
 
-CONVERTERS: dict[str, Converter] = {
+CONVERTERS: Converters = {
     "DeepseekOCRForCausalLM": DEEPSEEK_OCR,
     "DeepseekV2ForCausalLM": DEEPSEEK_V2,
     "DeepseekV3ForCausalLM": DEEPSEEK_V3,

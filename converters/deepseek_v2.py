@@ -148,6 +148,9 @@ def key_values(
     ]
     if config["q_lora_rank"] is not None:
         extras.append(("add_q_lora_rank", need_number(config, "q_lora_rank")))
+    elif not _one_matrix_for_granted(config):
+        # llama.cpp's converter leaves the key out, and llama.cpp cannot load that; of rank 0 it loads one matrix
+        extras.append(("add_q_lora_rank", 0))
     extras.append(("add_kv_lora_rank", latent))
     if config.get("head_dim") is None:
         extras += [("add_key_length", latent + rope_dim), ("add_value_length", latent)]
@@ -204,13 +207,16 @@ def _check_rope(version: Version, config: Config) -> None:
         )
 
 
-def _check_query(config: Config) -> None:
-    """llama.cpp tells by the numbers of layers and tokens whether the query has one matrix or two."""
+def _one_matrix_for_granted(config: Config) -> bool:
+    """Whether llama.cpp gives the query one matrix whatever the file says: it tells by the sizes of released models."""
     n_layer, n_vocab = need_number(config, "num_hidden_layers"), need_number(config, "vocab_size")
-    one_matrix = n_layer in (26, 27) or (n_layer, n_vocab) == (48, 128256)
-    if one_matrix != (config["q_lora_rank"] is None):
+    return n_layer in (26, 27) or (n_layer, n_vocab) == (48, 128256)
+
+
+def _check_query(config: Config) -> None:
+    if config["q_lora_rank"] is not None and _one_matrix_for_granted(config):
         raise SourceError(
-            f"config.json has q_lora_rank {config['q_lora_rank']!r} and {n_layer} layers, expected "
-            f"{'none' if one_matrix else 'a number'}: llama.cpp gives the query one matrix in models of 26 or 27 "
-            "layers and two in all others, so it could not load a GGUF of this checkpoint"
+            f"config.json has q_lora_rank {config['q_lora_rank']!r} and {config['num_hidden_layers']} layers, expected "
+            "none: llama.cpp gives the query one matrix in models of so many layers, so it could not load a GGUF of "
+            "this checkpoint"
         )
