@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from converters.deepseek_tensors import deepseek_tables, expert_extras, leading_dense
+from converters.deepseek_tensors import ALONE, Place, deepseek_tables, expert_extras, leading_dense
 from converters.key_values import add_text_parameters, as_kvs, need_number, start_writer
 from converters.tensor_table import HeadStack, PerHead, Row, Shapes, check_only, recipes_of, sizes_of
 from converters.vocabulary import add_bpe_vocabulary
@@ -101,8 +101,8 @@ V3 = Version(
 )
 
 
-def recipes(version: Version, config: Config, shapes: Shapes) -> list[Recipe]:
-    """Recipes in the order of ``shapes``."""
+def recipes(version: Version, config: Config, shapes: Shapes, place: Place = ALONE) -> list[Recipe]:
+    """Recipes in the order of ``shapes``; ``place`` is where in the checkpoint the text model is."""
     check_only(
         config, {**version.only, "num_key_value_heads": need_number(config, "num_attention_heads")}, version.name
     )
@@ -126,7 +126,7 @@ def recipes(version: Version, config: Config, shapes: Shapes) -> list[Recipe]:
     _check_query(config)
     if config["q_lora_rank"] is not None:
         query, sizes["query_latent"] = _LOW_RANK_QUERY, need_number(config, "q_lora_rank")
-    tables = deepseek_tables(config, shapes, {**query, **_ATTENTION}, router=version.router, sizes=sizes)
+    tables = deepseek_tables(config, shapes, {**query, **_ATTENTION}, router=version.router, sizes=sizes, place=place)
     return recipes_of(tables, shapes)
 
 
