@@ -128,7 +128,8 @@ def skeleton(_: Path, config: Config) -> tuple[Any, Any]:
 
     text = in_olmoe_words(config)
     theta = text.pop("rope_theta")
-    olmoe_config = OlmoeConfig(rope_parameters={"rope_type": "default", "rope_theta": theta}, **text)
+    rope = {"rope_type": "default", "rope_theta": theta}
+    olmoe_config = OlmoeConfig(rope_parameters=rope, bos_token_id=None, eos_token_id=None, pad_token_id=None, **text)
     olmoe_config._attn_implementation = "sdpa"
     return olmoe_config, OlmoeModel(olmoe_config)
 

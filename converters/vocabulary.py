@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,12 +74,17 @@ def load_tokenizer(directory: Path) -> Any:
         raise SourceError(
             f"{directory}: reading its tokenizer needs transformers; run: pip install 'mopeq-edge[calibrate]'"
         ) from None
+    # transformers reads config.json too, and warns of models that it does not know, which changes no tokenizer
+    log = logging.getLogger("transformers.configuration_utils")
+    was, log.disabled = log.disabled, True
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         # transformers and tokenizers raise whatever they like for a bad file, bare Exception included
         reason = " ".join(str(error).split())[:200]
         raise SourceError(f"{directory}: its tokenizer cannot be loaded ({reason}); download its files again") from None
+    finally:
+        log.disabled = was
 
 
 def tokens_and_types(tokenizer: Any, vocab_size: int) -> tuple[list[str], list[int]]:

@@ -62,15 +62,17 @@ def _records(path: Path) -> list[tuple[int, int]]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-            order = [archive.read(member) for member in members if member.filename.endswith("/byteorder")]
+            orders = [member for member in members if member.filename.endswith("/byteorder")]
+            # by its size first: a member may claim to be anything
+            little = all(member.file_size == 6 and archive.read(member) == b"little" for member in orders)
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror}); expected a file of torch.save") from None
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError):
         raise FormatError(
             f"{path}: not an archive as torch.save writes them since version 1.6, or it is truncated; {_INSTEAD}"
         ) from None
-    if any(value != b"little" for value in order):
-        raise FormatError(f"{path}: its numbers are big-endian; {_INSTEAD}")
+    if not little:
+        raise FormatError(f"{path}: its numbers are not little-endian; {_INSTEAD}")
     if any(member.filename.endswith("/constants.pkl") for member in members):
         raise FormatError(f"{path}: holds a program (TorchScript), expected tensors alone; {_INSTEAD}")
     found = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 import mopeq_edge.source.shard as shard_module
 from converters import CONVERTERS
+from mopeq_edge.cli import main
 from mopeq_edge.errors import FormatError, SourceError
 from mopeq_edge.source.checkpoint import SINGLE, TORCH_INDEX, TORCH_SINGLE, Checkpoint
 from mopeq_edge.source.open import open_source
@@ -162,6 +164,23 @@ def test_a_pickle_that_runs_something_is_refused_and_not_run(tmp_path: Path, old
     assert marker.exists()
 
 
+def test_a_whole_checkpoint_with_one_is_refused_and_not_run(
+    olmoe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker = tmp_path / "marker"
+    save_as_torch(load_file(olmoe / SINGLE), olmoe, 3)
+    (olmoe / SINGLE).unlink()
+    torch.save({**torch.load(olmoe / "1.bin"), "more": Runs(marker)}, olmoe / "1.bin")
+    monkeypatch.setattr(sys, "argv", ["mopeq-edge", "inspect", str(olmoe), "--pre", "gpt-2"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert "1.bin: refused, nothing of it was run: its pickle asks for 'posix.system'" in said.err
+    assert not marker.exists()
+
+
 def test_a_bare_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
     marker, path = tmp_path / "marker", tmp_path / TORCH_SINGLE
     path.write_bytes(pickle.dumps(Runs(marker)))
@@ -214,7 +233,7 @@ def rewritten(path: Path, change: Any) -> None:
 def test_an_archive_that_was_tampered_with(tmp_path: Path) -> None:
     path = tmp_path / TORCH_SINGLE
     for change, message in (
-        (lambda n, d: [(n, b"big" if n.endswith("/byteorder") else d)], "its numbers are big-endian"),
+        (lambda n, d: [(n, b"big" if n.endswith("/byteorder") else d)], "its numbers are not little-endian"),
         (
             lambda n, d: [(n, d)] + [(n.replace("/data/0", "/data/999"), d)] * n.endswith("/data/0"),
             "tensors name others",
