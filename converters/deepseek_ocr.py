@@ -1,4 +1,4 @@
-"""The plain-attention DeepSeek (DeepSeek-OCR, DeepSeek-VL2-Tiny): llama.cpp's ``deepseek2-ocr``, text side.
+"""The plain-attention DeepSeek (DeepSeek-OCR, and inside DeepSeek-VL2-Tiny): llama.cpp's ``deepseek2-ocr``, text side.
 
 No latent attention: q, k and v as in Llama, with half-split rope. Leading dense layers, then routed and shared experts;
 softmax over all experts, then top-k. In a vision-language checkpoint the text settings are under ``language_config``.
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from converters.deepseek_tensors import deepseek_tables, expert_extras, leading_dense
+from converters.deepseek_tensors import ALONE, Place, deepseek_tables, expert_extras, leading_dense
 from converters.key_values import add_text_parameters, as_kvs, need_number, start_writer
 from converters.tensor_table import Row, Shapes, check_only, recipes_of
 from converters.vocabulary import add_bpe_vocabulary
@@ -35,20 +35,27 @@ _SKELETON_KEYS = (
 )
 
 
-def recipes(config: Config, shapes: Shapes) -> list[Recipe]:
-    """Recipes in the order of ``shapes``."""
+def recipes(config: Config, shapes: Shapes, place: Place = ALONE) -> list[Recipe]:
+    """Recipes in the order of ``shapes``; ``place`` is where in the checkpoint the text model is."""
     config = _text_config(config)
     only = {
         **{"use_mla": False, "hidden_act": "silu", "attention_bias": False, "scoring_func": "softmax"},
         **{"topk_method": "greedy", "moe_layer_freq": 1, "tie_word_embeddings": False},
+        # llama.cpp ends the process for another base, and does not read a scaling
+        **{"rope_theta": 10000, "rope_scaling": None},
         "num_key_value_heads": need_number(config, "num_attention_heads"),
     }
     check_only(config, only, "this kind of DeepSeek")
-    return recipes_of(deepseek_tables(config, shapes, _ATTENTION), shapes)
+    return recipes_of(deepseek_tables(config, shapes, _ATTENTION, place=place), shapes)
 
 
 def key_values(
-    directory: Path, config: Config, tensors: Sequence[SourceTensor], file_type: int, pre: str | None
+    directory: Path,
+    config: Config,
+    tensors: Sequence[SourceTensor],
+    file_type: int,
+    pre: str | None,
+    chat_template: str | None = CHAT_TEMPLATE,
 ) -> dict[str, KV]:
     """Key-values as llama.cpp's converter writes them."""
     config = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, **_text_config(config)}
@@ -58,7 +65,7 @@ def key_values(
         *expert_extras(config),
         ("add_rope_dimension_count", config.get("qk_rope_head_dim", 0)),
     ]
-    writer = start_writer(directory, ARCHITECTURE, tensors, CHAT_TEMPLATE)
+    writer = start_writer(directory, ARCHITECTURE, tensors, chat_template)
     add_text_parameters(writer, config, file_type, extras)
     add_bpe_vocabulary(writer, directory, need_number(config, "vocab_size"), pre)
     return as_kvs(writer)

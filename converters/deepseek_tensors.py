@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from converters.key_values import need_number
@@ -38,6 +39,17 @@ _SIZES = {
 _FURTHER = "num_nextn_predict_layers"
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where in a checkpoint the text model is: behind ``prefix``, beside tensors that begin with one of ``skipped``."""
+
+    prefix: str = ""
+    skipped: tuple[str, ...] = ()
+
+
+ALONE = Place()
+
+
 def deepseek_tables(
     config: Config,
     shapes: Shapes,
@@ -45,11 +57,13 @@ def deepseek_tables(
     *,
     router: Mapping[str, Row] | None = None,
     sizes: Mapping[str, int] | None = None,
+    place: Place = ALONE,
 ) -> Tables:
     """The tables of a DeepSeek with the given attention.
 
     ``router`` are further tensors of a layer with experts; ``sizes`` are those that only ``attention`` names.
     """
+    layers_prefix = f"{place.prefix}model.layers."
     own = {**sizes_of(config, _SIZES), **(sizes or {})}
     own["shared"] = own["ff"] * need_number(config, "n_shared_experts")
     n_layer, n_dense = need_number(config, "num_hidden_layers"), leading_dense(config)
@@ -57,7 +71,7 @@ def deepseek_tables(
     n_further = need_number(config, _FURTHER) if config.get(_FURTHER) else 0
     check_count(_FURTHER, n_further, shapes)
     tied = bool(config.get("tie_word_embeddings"))
-    model = {name: row for name, row in _MODEL.items() if not (tied and row.name == "output.weight")}
+    model = {place.prefix + name: row for name, row in _MODEL.items() if not (tied and row.name == "output.weight")}
     dense, sparse = {**_NORMS, **attention, **_DENSE}, {**_NORMS, **attention, **_SPARSE, **(router or {})}
     return Tables(
         "a DeepSeek",
@@ -67,7 +81,12 @@ def deepseek_tables(
         own,
         n_layer,
         sparse=lambda layer: layer >= n_dense,
-        skipped=tuple(f"model.layers.{layer}." for layer in range(n_layer, n_layer + n_further)) + tied * ("lm_head.",),
+        layers_prefix=layers_prefix,
+        skipped=(
+            *(f"{layers_prefix}{layer}." for layer in range(n_layer, n_layer + n_further)),
+            *(tied * (f"{place.prefix}lm_head.",)),
+            *place.skipped,
+        ),
     )
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from converters.deepseek_tensors import deepseek_tables, expert_extras, leading_dense
+from converters.deepseek_tensors import ALONE, Place, deepseek_tables, expert_extras, leading_dense
 from converters.key_values import add_text_parameters, as_kvs, need_number, start_writer
 from converters.tensor_table import HeadStack, PerHead, Row, Shapes, check_only, recipes_of, sizes_of
 from converters.vocabulary import add_bpe_vocabulary
@@ -101,8 +101,8 @@ V3 = Version(
 )
 
 
-def recipes(version: Version, config: Config, shapes: Shapes) -> list[Recipe]:
-    """Recipes in the order of ``shapes``."""
+def recipes(version: Version, config: Config, shapes: Shapes, place: Place = ALONE) -> list[Recipe]:
+    """Recipes in the order of ``shapes``; ``place`` is where in the checkpoint the text model is."""
     check_only(
         config, {**version.only, "num_key_value_heads": need_number(config, "num_attention_heads")}, version.name
     )
@@ -126,7 +126,7 @@ def recipes(version: Version, config: Config, shapes: Shapes) -> list[Recipe]:
     _check_query(config)
     if config["q_lora_rank"] is not None:
         query, sizes["query_latent"] = _LOW_RANK_QUERY, need_number(config, "q_lora_rank")
-    tables = deepseek_tables(config, shapes, {**query, **_ATTENTION}, router=version.router, sizes=sizes)
+    tables = deepseek_tables(config, shapes, {**query, **_ATTENTION}, router=version.router, sizes=sizes, place=place)
     return recipes_of(tables, shapes)
 
 
@@ -148,6 +148,9 @@ def key_values(
     ]
     if config["q_lora_rank"] is not None:
         extras.append(("add_q_lora_rank", need_number(config, "q_lora_rank")))
+    elif not _one_matrix_for_granted(config):
+        # llama.cpp's converter leaves the key out, and llama.cpp cannot load that; of rank 0 it loads one matrix
+        extras.append(("add_q_lora_rank", 0))
     extras.append(("add_kv_lora_rank", latent))
     if config.get("head_dim") is None:
         extras += [("add_key_length", latent + rope_dim), ("add_value_length", latent)]
@@ -204,13 +207,16 @@ def _check_rope(version: Version, config: Config) -> None:
         )
 
 
-def _check_query(config: Config) -> None:
-    """llama.cpp tells by the numbers of layers and tokens whether the query has one matrix or two."""
+def _one_matrix_for_granted(config: Config) -> bool:
+    """Whether llama.cpp gives the query one matrix whatever the file says: it tells by the sizes of released models."""
     n_layer, n_vocab = need_number(config, "num_hidden_layers"), need_number(config, "vocab_size")
-    one_matrix = n_layer in (26, 27) or (n_layer, n_vocab) == (48, 128256)
-    if one_matrix != (config["q_lora_rank"] is None):
+    return n_layer in (26, 27) or (n_layer, n_vocab) == (48, 128256)
+
+
+def _check_query(config: Config) -> None:
+    if config["q_lora_rank"] is not None and _one_matrix_for_granted(config):
         raise SourceError(
-            f"config.json has q_lora_rank {config['q_lora_rank']!r} and {n_layer} layers, expected "
-            f"{'none' if one_matrix else 'a number'}: llama.cpp gives the query one matrix in models of 26 or 27 "
-            "layers and two in all others, so it could not load a GGUF of this checkpoint"
+            f"config.json has q_lora_rank {config['q_lora_rank']!r} and {config['num_hidden_layers']} layers, expected "
+            "none: llama.cpp gives the query one matrix in models of so many layers, so it could not load a GGUF of "
+            "this checkpoint"
         )

@@ -57,6 +57,13 @@ class PerHead:
 
 
 @dataclass(frozen=True)
+class Fused:
+    """A tensor of the checkpoint that has the rows of several GGUF matrices of the same width, one after the other."""
+
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
 class Experts:
     """Where the routed experts of a layer are: matrix ``matrices[projection]`` of expert e is the checkpoint's
     ``{prefix}.{e}.{matrix}.weight``, stacks are written in the order of ``matrices``.
@@ -75,6 +82,9 @@ class Experts:
     transposed: bool = False
 
 
+Layout = Row | PerHead | Fused
+
+
 @dataclass(frozen=True)
 class Tables:
     """A family of checkpoints. ``layer(number)`` are the tensors of a block, by their name behind ``model.layers.N.``;
@@ -87,7 +97,7 @@ class Tables:
 
     family: str
     model: Mapping[str, Row]
-    layer: Callable[[int], Mapping[str, Row | PerHead]]
+    layer: Callable[[int], Mapping[str, Layout]]
     experts: Experts
     sizes: Sizes
     n_layer: int
@@ -110,7 +120,7 @@ def recipes_of(tables: Tables, shapes: Shapes) -> list[Recipe]:
     """
     n_layer = tables.n_layer
     check_count("num_hidden_layers", n_layer, shapes)
-    rows: dict[str, tuple[Row | PerHead, str]] = {name: (row, "") for name, row in tables.model.items()}
+    rows: dict[str, tuple[Layout, str]] = {name: (row, "") for name, row in tables.model.items()}
     for layer in range(n_layer):
         prefix = f"{tables.layers_prefix}{layer}."
         rows |= {prefix + name: (row, f"blk.{layer}.") for name, row in tables.layer(layer).items()}
@@ -124,6 +134,8 @@ def recipes_of(tables: Tables, shapes: Shapes) -> list[Recipe]:
             row, prefix = rows[name]
             if isinstance(row, PerHead):
                 found.extend(_head_stacks(tables, row, name, prefix, shapes))
+            elif isinstance(row, Fused):
+                found.extend(_fused(tables, row, name, prefix, shapes))
             else:
                 shape = tuple(tables.sizes[axis] for axis in row.axes)
                 heads = tables.sizes[row.heads] if row.heads else None
@@ -210,6 +222,16 @@ def _head_stacks(tables: Tables, row: PerHead, name: str, prefix: str, shapes: S
         shape = (n_rows, n_columns) if stack.transposed else (n_columns, n_rows)
         found.append(Recipe(prefix + stack.name, (*shape, n_head), parts))
         before += n_rows
+    return found
+
+
+def _fused(tables: Tables, fused: Fused, name: str, prefix: str, shapes: Shapes) -> list[Recipe]:
+    sizes = [tuple(tables.sizes[axis] for axis in row.axes) for row in fused.rows]
+    _check_shape(name, shapes[name], (sum(n_out for _, n_out in sizes), sizes[0][0]))
+    found, before = [], 0
+    for row, shape in zip(fused.rows, sizes, strict=True):
+        found.append(Recipe(prefix + row.name, shape, (Part(name, rows=(before, before + shape[1])),), row.f32))
+        before += shape[1]
     return found
 
 

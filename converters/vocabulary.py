@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,20 @@ _SPECIAL_ENDS = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
 
 
 def add_bpe_vocabulary(
-    writer: Any, directory: Path, vocab_size: int, pre: str | None, *, add_bos: bool | None = None
+    writer: Any, directory: Path, vocab_size: int, pre: str | None, *, add_bos: bool | None = None, n_further: int = 0
 ) -> None:
     """Add the vocabulary in ``directory``, filled up to ``vocab_size`` tokens, to a ``gguf.GGUFWriter``.
 
-    ``pre`` overrides the pre-tokenizer's name, ``add_bos`` what the tokenizer says about BOS. Raises
-    :class:`SourceError` if there is no tokenizer, it does not fit the model or llama.cpp has no pre-tokenizer like it.
+    ``pre`` overrides the pre-tokenizer's name, ``add_bos`` what the tokenizer says about BOS. The ``n_further`` tokens
+    behind ``vocab_size`` are left out. Raises :class:`SourceError` if there is no tokenizer, it does not fit the model
+    or llama.cpp has no pre-tokenizer like it.
     """
     tokenizer = load_tokenizer(directory)
     largest = max(tokenizer.get_vocab().values(), default=-1)
-    if largest >= vocab_size:
+    if largest >= vocab_size + n_further:
+        further = f" and {n_further} further" if n_further else ""
         raise SourceError(
-            f"{directory}: the tokenizer has a token {largest}, but config.json has vocab_size {vocab_size}; "
+            f"{directory}: the tokenizer has a token {largest}, but config.json has vocab_size {vocab_size}{further}; "
             "use the tokenizer of these weights"
         )
     name = pre_tokenizer_name(directory, tokenizer, pre)
@@ -71,12 +74,17 @@ def load_tokenizer(directory: Path) -> Any:
         raise SourceError(
             f"{directory}: reading its tokenizer needs transformers; run: pip install 'mopeq-edge[calibrate]'"
         ) from None
+    # transformers reads config.json too, and warns of models that it does not know, which changes no tokenizer
+    log = logging.getLogger("transformers.configuration_utils")
+    was, log.disabled = log.disabled, True
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         # transformers and tokenizers raise whatever they like for a bad file, bare Exception included
         reason = " ".join(str(error).split())[:200]
         raise SourceError(f"{directory}: its tokenizer cannot be loaded ({reason}); download its files again") from None
+    finally:
+        log.disabled = was
 
 
 def tokens_and_types(tokenizer: Any, vocab_size: int) -> tuple[list[str], list[int]]:

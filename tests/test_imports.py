@@ -1,6 +1,8 @@
 """Who may import whom. Read from the source text, so that an import inside a function counts too."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,9 +60,17 @@ def test_the_core_does_not_know_the_converters() -> None:
 
 def test_frameworks_stay_where_models_run() -> None:
     inside = ("mopeq_edge/", "converters/", "runtime_tests/", "tools/")
-    slicing = ("tools/slice_dense.py", "tools/slices.py", "tools/dense_llama.py")
-    models_run_in = ("mopeq_edge/calibrate/", "converters/", "tools/tiny_models.py", "tools/train_moe.py", *slicing)
-    assert breaches({"torch", "transformers"}, inside, models_run_in) == []
+    tools = ("dense_llama", "slice_dense", "slices", "tiny_models", "train_moe", "vision_language_checkpoints")
+    models_run_in = ("mopeq_edge/calibrate/", "converters/", *(f"tools/{name}.py" for name in tools))
+    pickles_are_read_in = "mopeq_edge/source/torch_file.py"
+    assert breaches({"torch", "transformers"}, inside, (*models_run_in, pickles_are_read_in)) == []
+
+
+def test_opening_a_checkpoint_imports_no_torch(tiny_model: Path) -> None:
+    """In a process of its own: torch is for files that only torch can read."""
+    code = "import sys; from mopeq_edge.source.checkpoint import Checkpoint; from pathlib import Path; "
+    code += f"assert Checkpoint(Path({str(tiny_model)!r})).names; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_something_was_looked_at() -> None:

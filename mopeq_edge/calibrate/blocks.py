@@ -51,9 +51,9 @@ class BlockModel:
         """What the output matrix's products are multiplied by to be logits."""
         self._by_name = {t.name: t for t in source.tensors}
         self._gguf_name = {
-            recipe.parts[0].tensor: name
+            (recipe.parts[0].tensor, recipe.parts[0].rows): name
             for name, recipe in source.hf_tensor_of.items()
-            if len(recipe.parts) == 1 and recipe.parts[0].expert is None and recipe.parts[0].rows is None
+            if len(recipe.parts) == 1 and recipe.parts[0].expert is None
         }
 
     def embed(self, tokens: npt.NDArray[np.int32]) -> Tensor:
@@ -94,10 +94,10 @@ class BlockModel:
         hooks = []
         detach = self._watch_latent(block, layer)
         try:
-            prefix = f"{self._prefix}layers.{layer}."
+            prefix = f"{self._prefix}{self.source.skeleton.layers}{layer}."
             self._load(block, prefix)
             for name, module in block.named_modules():
-                gguf_name = self._gguf_name.get(prefix + self._stored_name(f"{name}.weight"))
+                gguf_name = self._gguf_name.get(self._stored(prefix, f"{name}.weight"))
                 if gguf_name is not None and len(self._by_name[gguf_name].shape) == 2:
                     hooks.append(module.register_forward_hook(self._watcher(gguf_name)))
             yield block
@@ -112,7 +112,7 @@ class BlockModel:
     @contextmanager
     def final_norm(self) -> Iterator[nn.Module]:
         """The norm before the output matrix, with its weights."""
-        self._load(self._norm, f"{self._prefix}norm.")
+        self._load(self._norm, f"{self._prefix}{self.source.skeleton.norm}")
         try:
             yield self._norm
         finally:
@@ -120,24 +120,30 @@ class BlockModel:
 
     def _load(self, module: nn.Module, prefix: str) -> None:
         # parameters, and buffers that are loaded, such as the bias of a router
-        state = {name: self._read(prefix + self._stored_name(name)) for name in module.state_dict()}
+        state = {name: self._read(*self._stored(prefix, name)) for name in module.state_dict()}
         module.load_state_dict(state, strict=True, assign=True)
         module.requires_grad_(False)
 
-    def _stored_name(self, name: str) -> str:
-        """What the checkpoint calls the parameter or buffer ``name`` of a block."""
+    def _stored(self, prefix: str, name: str) -> tuple[str, tuple[int, int] | None]:
+        """The checkpoint's tensor that has the parameter or buffer ``name`` of a block, and its rows there if fused."""
+        fused = self.source.skeleton.fused.get(name)
+        if fused is not None:
+            tensor, which, n_pieces = fused
+            n_rows = self.source.checkpoint.shape(prefix + tensor)[0] // n_pieces
+            return prefix + tensor, (which * n_rows, (which + 1) * n_rows)
         for ours, theirs in self.source.skeleton.renamed.items():
             if name.startswith(ours):
-                return theirs + name.removeprefix(ours)
-        return name
+                return prefix + theirs + name.removeprefix(ours), None
+        return prefix + name, None
 
-    def _read(self, name: str) -> Tensor:
+    def _read(self, name: str, rows: tuple[int, int] | None) -> Tensor:
         if name not in self.source.checkpoint.names:
             raise CalibrationError(
                 f"{self.source.path}: transformers' model needs tensor '{name}', which the checkpoint does not "
                 "have; give an imatrix made by llama-imatrix with --imatrix"
             )
-        return torch.from_numpy(self.source.checkpoint.read_f32(name))
+        checkpoint = self.source.checkpoint
+        return torch.from_numpy(checkpoint.read_f32(name) if rows is None else checkpoint.read_rows(name, *rows))
 
     def _experts(self, layer: int, change: Change | None) -> ExpertWeights:
         stacks = {}
@@ -181,10 +187,16 @@ def _build(source: HuggingFaceSource) -> tuple[Any, Any]:
     with torch.device("meta"):
         if source.skeleton.base is not None:
             config, base = source.skeleton.base(source.path, source.config)
+            config._attn_implementation = _attention(source)
             return config, base.eval()
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
-        config._attn_implementation = "sdpa" if source.skeleton.latent is None else ATTENTION
+        config._attn_implementation = _attention(source)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         return config, getattr(model, model.base_model_prefix)
+
+
+def _attention(source: HuggingFaceSource) -> str:
+    """Name of transformers' attention function: our own where attention is latent and is watched."""
+    return "sdpa" if source.skeleton.latent is None else ATTENTION

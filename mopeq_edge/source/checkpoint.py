@@ -1,9 +1,10 @@
-"""The weights of a Hugging Face directory: one ``.safetensors`` file, or shards and their index."""
+"""The weights of a Hugging Face directory: one file, or shards and their index; safetensors, or else torch's own."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ import numpy as np
 import numpy.typing as npt
 
 from mopeq_edge.errors import FormatError, SourceError
-from mopeq_edge.source.safetensors_file import Entry, SafetensorsFile
+from mopeq_edge.source.safetensors_file import SafetensorsFile
+from mopeq_edge.source.shard import Entry, Shard
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TORCH_SINGLE = "pytorch_model.bin"
+TORCH_INDEX = "pytorch_model.bin.index.json"
 CONFIG = "config.json"
 
 
@@ -101,23 +105,39 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def _open_shards(directory: Path) -> tuple[list[SafetensorsFile], tuple[Path, ...]]:
+def _open_torch_file(path: Path) -> Shard:
+    # only here: torch takes seconds to import, and is not installed everywhere
+    from mopeq_edge.source.torch_file import open_torch_file
+
+    return open_torch_file(path)
+
+
+_FORMATS: tuple[tuple[str, str, Callable[[Path], Shard]], ...] = (
+    (INDEX, SINGLE, SafetensorsFile),
+    (TORCH_INDEX, TORCH_SINGLE, _open_torch_file),
+)
+"""(index, single file, how to open a shard), the one that is preferred first."""
+
+
+def _open_shards(directory: Path) -> tuple[list[Shard], tuple[Path, ...]]:
     """The shards in order, and every file that says something about the weights."""
-    index = directory / INDEX
-    if index.is_file():
-        placement = _read_index(index)
-        names = sorted(set(placement.values()))
-        missing = [name for name in names if not (directory / name).is_file()]
-        if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise SourceError(
-                f"{directory}: shard '{missing[0]}'{more} is missing, {INDEX} names {len(names)} shards; download it"
-            )
-        shards = [SafetensorsFile(directory / name) for name in names]
-        _check_index(index, placement, shards)
-        return shards, (index, *(shard.path for shard in shards))
-    if (directory / SINGLE).is_file():
-        return [SafetensorsFile(directory / SINGLE)], (directory / SINGLE,)
+    for index_name, single, open_shard in _FORMATS:
+        index = directory / index_name
+        if index.is_file():
+            placement = _read_index(index)
+            names = sorted(set(placement.values()))
+            missing = [name for name in names if not (directory / name).is_file()]
+            if missing:
+                more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+                raise SourceError(
+                    f"{directory}: shard '{missing[0]}'{more} is missing, {index_name} names {len(names)} shards; "
+                    "download it"
+                )
+            shards = [open_shard(directory / name) for name in names]
+            _check_index(index, placement, shards)
+            return shards, (index, *(shard.path for shard in shards))
+        if (directory / single).is_file():
+            return [open_shard(directory / single)], (directory / single,)
     others = sorted(p.name for p in directory.glob("*") if p.suffix in (".safetensors", ".bin", ".pt", ".pth"))
     found = f"found {', '.join(others[:3])}" if others else "found no weights"
     raise SourceError(
@@ -137,7 +157,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return placement
 
 
-def _check_index(index: Path, placement: dict[str, str], shards: list[SafetensorsFile]) -> None:
+def _check_index(index: Path, placement: dict[str, str], shards: list[Shard]) -> None:
     held = {shard.path.name: shard.entries for shard in shards}
     for tensor, name in placement.items():
         if tensor not in held[name]:
@@ -150,6 +170,6 @@ def _check_index(index: Path, placement: dict[str, str], shards: list[Safetensor
             if placement.get(tensor) != name:
                 where = f"puts it in '{placement[tensor]}'" if tensor in placement else "does not name it"
                 raise FormatError(
-                    f"{index.parent / name}: holds tensor '{tensor}', but {INDEX} {where}; "
+                    f"{index.parent / name}: holds tensor '{tensor}', but {index.name} {where}; "
                     "the files are of different downloads, download them again"
                 )

@@ -72,9 +72,10 @@ class Skeleton:
 
     ``base(directory, config)`` builds configuration and decoder (with ``layers``, ``norm`` and ``rotary_emb``) on the
     meta device, so without weights; None leaves both to transformers' own tables. ``prefix`` stands before the
-    decoder's tensors in the checkpoint; ``renamed`` are beginnings of names inside a block that differ: the module's,
-    then the checkpoint's. ``experts`` is where a block has its routed experts, ``latent`` is set where
-    attention is latent.
+    decoder's tensors in the checkpoint, ``layers`` and ``norm`` are what it calls these two; ``renamed`` are beginnings
+    of names inside a block that differ: the module's, then the checkpoint's. ``fused`` are parameters of a block of
+    which the checkpoint has several in one tensor, rows after rows: the tensor's name inside the block, which one of
+    how many. ``experts`` is where a block has its routed experts, ``latent`` is set where attention is latent.
 
     ``embedding_multiplier`` and ``logits_divisor`` name the numbers in transformers' configuration that multiply the
     embeddings and divide the logits, for a family that has them; what is inside a block its own module computes.
@@ -82,11 +83,19 @@ class Skeleton:
 
     base: Callable[[Path, Config], tuple[Any, Any]] | None = None
     prefix: str = "model."
+    layers: str = "layers."
+    norm: str = "norm."
     renamed: Mapping[str, str] = field(default_factory=dict)
+    fused: Mapping[str, tuple[str, int, int]] = field(default_factory=dict)
     experts: str = "mlp.experts"
     embedding_multiplier: str | None = None
     logits_divisor: str | None = None
     latent: Latent | None = None
+
+
+def nothing_left_out(_: Config, __: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """For a family whose every tensor is in the GGUF."""
+    return []
 
 
 @dataclass(frozen=True)
@@ -97,9 +106,32 @@ class Converter:
     writing order; it raises :class:`SourceError` for a tensor that is missing or not known.
     ``key_values(directory, config, tensors, file_type, pre)`` returns the key-values in writing order;
     ``file_type`` is llama.cpp's ``general.file_type``, ``pre`` overrides the pre-tokenizer's name.
+    ``left_out(config, shapes)`` says, a line for each kind, what the GGUF lacks of the checkpoint.
     """
 
     architecture: str
     recipes: Callable[[Config, Mapping[str, tuple[int, ...]]], list[Recipe]]
     key_values: Callable[[Path, Config, Sequence[SourceTensor], int, str | None], dict[str, KV]]
     skeleton: Skeleton = Skeleton()
+    left_out: Callable[[Config, Mapping[str, tuple[int, ...]]], list[str]] = nothing_left_out
+
+
+Choice = Callable[[Config], Converter]
+"""Picks the converter of a name that several families share; raises :class:`SourceError` if it is none of them."""
+
+Converters = Mapping[str, Converter | Choice]
+"""By the first name in ``architectures`` of a checkpoint's ``config.json``, or by its ``model_type`` if it has none."""
+
+
+def architecture_name(converters: Converters, config: Config) -> str | None:
+    """What ``config`` calls the architecture; its ``model_type`` counts only if there is nothing else."""
+    names, model_type = config.get("architectures"), config.get("model_type")
+    if not names and isinstance(model_type, str) and model_type in converters:
+        return model_type
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+
+
+def find_converter(converters: Converters, name: str, config: Config) -> Converter | None:
+    """The converter of the architecture ``name``, or None."""
+    found = converters.get(name)
+    return found if found is None or isinstance(found, Converter) else found(config)

@@ -15,9 +15,9 @@ from mopeq_edge.errors import FormatError, SourceError
 from mopeq_edge.ggml.types import BF16, F16, F32, GgmlType
 from mopeq_edge.gguf_file import KV
 from mopeq_edge.source.checkpoint import CONFIG, Checkpoint, read_config
-from mopeq_edge.source.converter import Converter, Part, Recipe
+from mopeq_edge.source.converter import Converter, Converters, Part, Recipe, architecture_name, find_converter
 from mopeq_edge.source.model import Bytes, Floats, SourceTensor, require_finite
-from mopeq_edge.source.safetensors_file import as_f32
+from mopeq_edge.source.shard import as_f32
 
 STORED_AS: Mapping[str, GgmlType] = {"BF16": BF16, "F16": F16, "F32": F32, "F64": F32}
 """How a matrix of each checkpoint type is stored in a GGUF."""
@@ -56,7 +56,8 @@ class HuggingFaceSource:
         for recipe in recipes:
             self._check(recipe)
         self.tensors = tuple(SourceTensor(r.name, r.shape, self._type_of(r)) for r in recipes)
-        self.warnings = tuple(self._warnings())
+        left_out = converter.left_out(self.config, self.checkpoint.shapes)
+        self.warnings = (*(f"{directory}: {line}" for line in left_out), *self._warnings())
         beside = [directory / name for name in BESIDE_WEIGHTS if (directory / name).is_file()]
         beside += sorted((directory / "additional_chat_templates").glob("*.jinja"))
         self.files: tuple[Path, ...] = (*beside, *self.checkpoint.files)
@@ -172,27 +173,30 @@ def interleaved_halves(n_rows: int, heads: int) -> npt.NDArray[np.int64]:
     return np.arange(n_rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
 
 
-def open_huggingface(directory: Path, converters: Mapping[str, Converter], pre: str | None = None) -> HuggingFaceSource:
+def open_huggingface(directory: Path, converters: Converters, pre: str | None = None) -> HuggingFaceSource:
     """Open a checkpoint with the converter for the architecture in its ``config.json``.
 
     ``pre`` overrides the name of the pre-tokenizer. Raises :class:`SourceError` for an architecture that is
     not in ``converters``.
     """
     config = read_config(directory)
-    names = config.get("architectures")
-    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+    name = architecture_name(converters, config)
+    if name is None:
         raise SourceError(f"{directory / CONFIG}: names no architecture; use the {CONFIG} of these weights")
-    converter = converters.get(names[0])
+    try:
+        converter = find_converter(converters, name, config)
+    except SourceError as error:
+        raise SourceError(f"{directory}: {error}") from None
     if converter is not None:
         return HuggingFaceSource(directory, converter, pre)
     known = ", ".join(sorted(converters))
     if not _mentions_experts(config):
         raise SourceError(
-            f"{directory}: a dense model ({names[0]}, no experts in {CONFIG}); mopeq-edge is for "
+            f"{directory}: a dense model ({name}, no experts in {CONFIG}); mopeq-edge is for "
             f"Mixture-of-Experts models (known: {known}), use llama.cpp's own tools for this one"
         )
     raise SourceError(
-        f"{directory}: unknown architecture '{names[0]}', known are: {known}; "
+        f"{directory}: unknown architecture '{name}', known are: {known}; "
         "convert it to a BF16 GGUF with llama.cpp and give that file instead"
     )
 

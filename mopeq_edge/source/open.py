@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from mopeq_edge.artifacts import file_digest
 from mopeq_edge.atomic import atomic_write
 from mopeq_edge.errors import OutputError, SourceError
-from mopeq_edge.source.converter import Converter
+from mopeq_edge.source.converter import Converters
 from mopeq_edge.source.gguf import GGUFSource
 from mopeq_edge.source.huggingface import open_huggingface
 from mopeq_edge.source.model import Source, moe_shape
@@ -19,10 +18,10 @@ from mopeq_edge.source.model import Source, moe_shape
 CACHE_FORMAT = 1
 
 
-def open_source(path: Path, converters: Mapping[str, Converter], pre: str | None = None) -> Source:
+def open_source(path: Path, converters: Converters, pre: str | None = None) -> Source:
     """Open a Hugging Face directory or a GGUF file.
 
-    ``converters`` are keyed by the name in ``architectures`` of ``config.json``; ``pre`` overrides the name of a
+    ``converters`` are keyed by the name that ``config.json`` has for the architecture; ``pre`` overrides the name of a
     checkpoint's pre-tokenizer. Raises :class:`SourceError` or :class:`FormatError` for anything that is no
     Mixture-of-Experts model or cannot be read.
     """

@@ -25,7 +25,10 @@ from mopeq_edge.runtime.tools import run_tool
 from mopeq_edge.source.huggingface import HuggingFaceSource
 from mopeq_edge.source.open import open_source
 
-from ..converters.families import FAMILIES
+from ..converters import families
+from ..converters.vision_language import VISION_LANGUAGE
+
+FAMILIES = {**families.FAMILIES, **VISION_LANGUAGE}
 
 N_CTX, N_CHUNKS = 64, 6
 QUIET = SilentProgress()

@@ -23,6 +23,7 @@ from mopeq_edge.source.open import open_source
 
 from ..builders import build_olmoe, edit_json, write_gguf
 from .families import FAMILIES, build_mixtral, logits
+from .vision_language import VISION_LANGUAGE
 
 pytestmark = pytest.mark.runtime
 
@@ -149,13 +150,13 @@ def test_same_logits_as_transformers(tmp_path: Path, packed: bool, evaluation_te
     assert np.abs(got - expected).max() < 1e-4 * expected.std()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *VISION_LANGUAGE])
 def test_same_logits_as_transformers_for_every_family(tmp_path: Path, name: str, evaluation_text: str) -> None:
     from transformers import AutoTokenizer
 
     from mopeq_edge.binding import LlamaModel
 
-    build, open_model = FAMILIES[name]
+    build, open_model = {**FAMILIES, **VISION_LANGUAGE}[name]
     directory = build(tmp_path / "model", "float32")
     write_gguf(open_source(directory, CONVERTERS, pre="gpt-2"), tmp_path / "model.gguf")
     tokens = AutoTokenizer.from_pretrained(directory).encode(evaluation_text[:600])[:128]

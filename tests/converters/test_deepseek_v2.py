@@ -13,7 +13,7 @@ from mopeq_edge.source.converter import Part
 from mopeq_edge.source.huggingface import HuggingFaceSource
 
 from ..builders import edit_json, write_gguf
-from .families import YARN, build_deepseek_v2, build_deepseek_v3, causal_model, logits
+from .families import YARN, build_deepseek_v2, build_deepseek_v2_lite, build_deepseek_v3, causal_model, logits
 
 CONFIG: dict[str, Any] = {
     **{"hidden_size": 8, "intermediate_size": 12, "moe_intermediate_size": 4, "vocab_size": 16},
@@ -165,10 +165,14 @@ def test_rope_that_llama_cpp_turns_in_another_way(rope: dict[str, object], messa
 
 
 def test_the_number_of_layers_decides_about_the_query() -> None:
-    with pytest.raises(SourceError, match=r"has q_lora_rank None and 2 layers, expected a number: .* could not load"):
-        recipes(V2, {**CONFIG, "q_lora_rank": None}, SHAPES)
     with pytest.raises(SourceError, match=r"has q_lora_rank 5 and 27 layers, expected none: .* could not load"):
         recipes(V2, {**CONFIG, "num_hidden_layers": 27}, SHAPES)
+    low_rank = ("q_a_layernorm.weight", "q_a_proj.weight", "q_b_proj.weight")
+    one_matrix = {f"model.layers.{layer}.self_attn.q_proj.weight": (10, 8) for layer in range(2)}
+    found = {
+        r.name: r.shape for r in recipes(V2, {**CONFIG, "q_lora_rank": None}, without(SHAPES, *low_rank) | one_matrix)
+    }
+    assert found["blk.0.attn_q.weight"] == (8, 10)
     # none at all is what transformers assumes, not one matrix
     unsaid = {key: value for key, value in CONFIG.items() if key != "q_lora_rank"}
     wide = {"q_a_layernorm.weight": (1536,), "q_a_proj.weight": (1536, 8), "q_b_proj.weight": (10, 1536)}
@@ -203,7 +207,9 @@ def test_defaults_are_those_of_transformers(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.runtime
 @pytest.mark.parametrize(
-    "config", [{"tie_word_embeddings": True}, {"first_k_dense_replace": 0}], ids=["tied", "sparse"]
+    "config",
+    [{"tie_word_embeddings": True}, {"first_k_dense_replace": 0}, {"q_lora_rank": None}],
+    ids=["tied", "sparse", "one query matrix"],
 )
 @pytest.mark.parametrize(("name", "build"), [("V2", build_deepseek_v2), ("V3", build_deepseek_v3)])
 def test_also_right_in_llama_cpp(tmp_path: Path, name: str, build: Any, config: dict[str, Any]) -> None:
@@ -217,3 +223,13 @@ def test_also_right_in_llama_cpp(tmp_path: Path, name: str, build: Any, config: 
     with LlamaModel(tmp_path / "model.gguf", n_threads=1, plain=True) as llama:
         got = llama.logits(tokens)
     assert np.abs(got - expected).max() < 1e-4 * expected.std()
+
+
+def test_one_query_matrix_is_a_rank_of_zero(tmp_path: Path) -> None:
+    """llama.cpp asks for the rank unless the number of layers is that of a model that has none."""
+    for name, build, rank in (("few", build_deepseek_v2, 0), ("lite", build_deepseek_v2_lite, None)):
+        options = {"q_lora_rank": None} if rank == 0 else {}
+        directory = build(tmp_path / name, "bfloat16", **options)
+        kvs = HuggingFaceSource(directory, CONVERTERS["DeepseekV2ForCausalLM"], "gpt-2").kvs
+        found = kvs.get("deepseek2.attention.q_lora_rank")
+        assert (None if found is None else found.value) == rank

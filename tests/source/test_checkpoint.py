@@ -108,8 +108,8 @@ def test_truncated_shard(sharded: Path) -> None:
 def test_no_weights(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="found no weights"):
         Checkpoint(tmp_path)
-    (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(SourceError, match=r"expected model.safetensors or .*, found pytorch_model.bin"):
+    (tmp_path / "weights.pth").touch()
+    with pytest.raises(SourceError, match=r"expected model.safetensors or .*, found weights.pth"):
         Checkpoint(tmp_path)
 
 

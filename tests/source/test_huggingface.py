@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import mopeq_edge.source.safetensors_file as safetensors_module
+import mopeq_edge.source.shard as shard_module
 from converters import CONVERTERS
 from mopeq_edge.errors import FormatError, SourceError
 from mopeq_edge.ggml.types import BF16, F16, F32
@@ -87,13 +87,13 @@ def test_packed_experts(packed: Path) -> None:
 def test_only_the_bytes_asked_for_are_read(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = opened(packed)
     read: list[int] = []
-    real = safetensors_module.read_bytes
+    real = shard_module.read_bytes
 
     def counting(path: Path, offset: int, count: int) -> np.ndarray:
         read.append(count)
         return real(path, offset, count)
 
-    monkeypatch.setattr(safetensors_module, "read_bytes", counting)
+    monkeypatch.setattr(shard_module, "read_bytes", counting)
     source.read(named(source, "blk.0.ffn_up_exps.weight"), 3, slice(0, 4))
     assert read == [4 * 64 * 2]
 
