@@ -128,7 +128,7 @@ def convert(context: Context, request: ConvertRequest) -> Converted:
 
     The output is checked before anything is computed, and appears only when it is whole.
     """
-    check_output(request.output, context.source.files, force=request.force)
+    check_output(request.output, context.inputs, force=request.force)
     check_calibration(context, request.calibration)
     check_sensitivity(context, request.calibration, request.options.sensitivity)
     words = read_text(request.evaluation_text) if request.evaluation_text is not None else ""

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from converters import CONVERTERS
 from mopeq_edge.artifacts import digest, file_digest
 from mopeq_edge.calibrate.statistics import read_routing, routing_from_imatrix, write_routing
 from mopeq_edge.calibrate.traces import Traces, read_traces, write_traces
@@ -18,6 +17,8 @@ from mopeq_edge.ggml.types import GgmlType
 from mopeq_edge.gguf_file import KV
 from mopeq_edge.imatrix import ACTIVATION, GRADIENT, Imatrix, read_imatrix, write_imatrix
 from mopeq_edge.output_kvs import IMATRIX_NAME, Provenance, file_type_of, output_kvs
+from mopeq_edge.pipeline_context import Context as Context
+from mopeq_edge.pipeline_context import open_context as open_context
 from mopeq_edge.plan.artifact import PER_EXPERT, STOCK, Plan, write_plan
 from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.forecast import Forecast, forecast
@@ -30,23 +31,11 @@ from mopeq_edge.sensitivity.run import measure_sensitivity
 from mopeq_edge.sensitivity.scores import TRACE
 from mopeq_edge.sensitivity.table import SensitivityTable, read_table, write_table
 from mopeq_edge.source.model import Source
-from mopeq_edge.source.open import open_source, source_files_digest
 from mopeq_edge.workdir import WorkDirectory
 
 ACTIVATION_FILE, GRADIENT_FILE, ROUTING_FILE = "imatrix.gguf", "gradient.gguf", "routing.safetensors"
 TRACE_FILE = "trace.safetensors"
 NO_IMATRIX = "none"
-
-
-@dataclass(frozen=True)
-class Context:
-    """One source with its work directory: what every stage needs."""
-
-    source: Source
-    source_sha256: str
-    work: WorkDirectory
-    threads: int
-    progress: Progress
 
 
 @dataclass(frozen=True)
@@ -81,15 +70,6 @@ class Calibrated:
 
     statistics: Statistics
     made_from: str
-
-
-def open_context(model: Path, work: Path, *, pre: str | None, threads: int, progress: Progress) -> Context:
-    """Open ``model`` and say what its user should know."""
-    source = open_source(model, CONVERTERS, pre)
-    for warning in source.warnings:
-        progress.note(f"note: {warning}")
-    directory = WorkDirectory(work)
-    return Context(source, source_files_digest(source, directory.file("hashes.json")), directory, threads, progress)
 
 
 def check_calibration(context: Context, request: CalibrationRequest) -> None:

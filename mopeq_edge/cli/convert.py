@@ -53,7 +53,7 @@ def convert(model: Path, out: Path, **given: Any) -> None:
 
 
 def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Converted:
-    from mopeq_edge.atomic import atomic_write
+    from mopeq_edge.atomic import atomic_write, check_output
     from mopeq_edge.calibrate.tokens import split_text
     from mopeq_edge.convert import HELD_OUT, ConvertRequest, convert, default_sensitivity
     from mopeq_edge.evaluate.chunks import read_text
@@ -61,9 +61,16 @@ def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Conver
 
     budget, plan = options.budget(given), options.plan_request(given)
     work = options.work_directory_of_output(given["work_dir"], out)
-    context = open_context(model, work, pre=given["pre"], threads=given["threads"], progress=progress)
     text = options.calibration_text(model, given["text"], given["imatrix"])
     evaluation_text, evaluate = given["eval_text"], not given["no_evaluate"]
+
+    def before_script(checkpoint: tuple[Path, ...]) -> None:
+        check_output(out, checkpoint, force=given["force"])
+        options.check_before_script(model, given, text, evaluation_text)
+
+    context = open_context(
+        model, work, pre=given["pre"], threads=given["threads"], progress=progress, before_script=before_script
+    )
     # the tail is kept back always: so --no-evaluate and --eval-text reuse the calibration too
     words, tail = split_text(read_text(text), HELD_OUT) if text is not None else ("", "")
     if tail and evaluation_text is None:
@@ -71,7 +78,7 @@ def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Conver
         with atomic_write(evaluation_text) as file:
             file.write(tail.encode())
     calibration = options.calibration_request(
-        model,
+        context.source.kind == "huggingface",
         text,
         words,
         imatrix=given["imatrix"],

@@ -155,8 +155,28 @@ def calibration_text(model: Path, text: Path | None, imatrix: Path | None) -> Pa
     return beside if beside.is_file() else None
 
 
+def check_before_script(model: Path, given: Mapping[str, Any], *texts: Path | None) -> None:
+    """Raise for what could not be calibrated once llama.cpp's script has made a GGUF of ``model``.
+
+    The first of ``texts`` is that to calibrate on.
+    """
+    from mopeq_edge.errors import CalibrationError
+    from mopeq_edge.evaluate.chunks import read_text
+
+    if given["trace"] or (given["fisher"] and given["imatrix"] is None):
+        raise CalibrationError(
+            f"{model}: gradients need an architecture that we have a converter for, and this one goes through a GGUF; "
+            "leave out --fisher and --trace and use --sensitivity imatrix"
+        )
+    if texts[0] is None and given["imatrix"] is None:
+        raise CalibrationError(f"{model}: no text to calibrate on; give --text FILE or --imatrix FILE")
+    for text in texts:
+        if text is not None:
+            read_text(text)
+
+
 def calibration_request(
-    model: Path,
+    has_gradients: bool,
     text: Path | None,
     words: str,
     *,
@@ -169,9 +189,10 @@ def calibration_request(
     probes: int,
     trace_chunks: int,
 ) -> CalibrationRequest:
+    """The request; ``has_gradients``: the model can give the gradient-weighted imatrix, so it is made by default."""
     from mopeq_edge.pipeline import CalibrationRequest, TraceRequest
 
-    wanted = model.is_dir() if fisher is None else fisher
+    wanted = has_gradients if fisher is None else fisher
     name = text.name if text is not None else ""
     traces = TraceRequest(trace_chunks, probes) if trace else None
     return CalibrationRequest(words, name, ctx, chunks, wanted and imatrix is None, seed, imatrix, traces)

@@ -13,15 +13,17 @@ from mopeq_edge.cli.console import FILE, json_option, threads_option
 
 if TYPE_CHECKING:
     from mopeq_edge.pipeline import Calibrated, Context
+    from mopeq_edge.pipeline_context import BeforeScript
     from mopeq_edge.plan.artifact import Plan
     from mopeq_edge.plan.forecast import Forecast
 
 
-def _context(model: Path, given: dict[str, Any], progress: Any) -> Context:
+def _context(model: Path, given: dict[str, Any], progress: Any, before_script: BeforeScript | None = None) -> Context:
     from mopeq_edge.pipeline import open_context
 
     work = options.work_directory(given["work_dir"], model)
-    return open_context(model, work, pre=given.get("pre"), threads=given["threads"], progress=progress)
+    threads, pre = given["threads"], given.get("pre")
+    return open_context(model, work, pre=pre, threads=threads, progress=progress, before_script=before_script)
 
 
 def _finished_calibration(context: Context) -> Calibrated:
@@ -52,11 +54,14 @@ def calibrate(model: Path, **given: Any) -> None:
     from mopeq_edge.pipeline import run_calibrate
 
     with console_progress() as progress:
-        context = _context(model, given, progress)
         text = options.calibration_text(model, given["text"], given["imatrix"])
+        context = _context(model, given, progress, lambda _: options.check_before_script(model, given, text))
         names = ("imatrix", "ctx", "chunks", "fisher", "seed", "trace", "probes", "trace_chunks")
         request = options.calibration_request(
-            model, text, read_text(text) if text is not None else "", **{name: given[name] for name in names}
+            context.source.kind == "huggingface",
+            text,
+            read_text(text) if text is not None else "",
+            **{name: given[name] for name in names},
         )
         statistics = run_calibrate(context, request).statistics
     routing, imatrix, traces = statistics.routing, statistics.activation, statistics.traces
@@ -222,7 +227,7 @@ def emit(model: Path, out: Path, **given: Any) -> None:
 
     with console_progress() as progress:
         context = _context(model, given, progress)
-        check_output(out, context.source.files, force=given["force"])
+        check_output(out, context.inputs, force=given["force"])
         made = read_plan(given["plan_file"] or context.work.file("plan.json"))
         check_plan(made, context.source)
         statistics = _finished_calibration(context).statistics

@@ -175,27 +175,46 @@ def open_huggingface(directory: Path, converters: Mapping[str, Converter], pre: 
     ``pre`` overrides the name of the pre-tokenizer. Raises :class:`SourceError` for an architecture that is
     not in ``converters``.
     """
+    unknown = unknown_architecture(directory, converters)
+    if unknown is not None:
+        raise SourceError(
+            f"{directory}: unknown architecture '{unknown}', known are: {_listed(converters)}; "
+            "convert it to a BF16 GGUF with llama.cpp and give that file instead"
+        )
+    return HuggingFaceSource(directory, converters[_architecture(read_config(directory), directory)], pre)
+
+
+def unknown_architecture(directory: Path, converters: Mapping[str, Converter]) -> str | None:
+    """The architecture of a Mixture-of-Experts checkpoint that is not in ``converters``, or None if it is.
+
+    Raises :class:`SourceError` for a dense model.
+    """
     config = read_config(directory)
+    name = _architecture(config, directory)
+    if name in converters:
+        return None
+    if not _mentions_experts(config):
+        raise SourceError(
+            f"{directory}: a dense model ({name}, no experts in {CONFIG}); mopeq-edge is for "
+            f"Mixture-of-Experts models (known: {_listed(converters)}), use llama.cpp's own tools for this one"
+        )
+    return name
+
+
+def _architecture(config: Mapping[str, Any], directory: Path) -> str:
     names = config.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise SourceError(f"{directory / CONFIG}: names no architecture; use the {CONFIG} of these weights")
-    converter = converters.get(names[0])
-    if converter is not None:
-        return HuggingFaceSource(directory, converter, pre)
-    known = ", ".join(sorted(converters))
-    if not _mentions_experts(config):
-        raise SourceError(
-            f"{directory}: a dense model ({names[0]}, no experts in {CONFIG}); mopeq-edge is for "
-            f"Mixture-of-Experts models (known: {known}), use llama.cpp's own tools for this one"
-        )
-    raise SourceError(
-        f"{directory}: unknown architecture '{names[0]}', known are: {known}; "
-        "convert it to a BF16 GGUF with llama.cpp and give that file instead"
-    )
+    return names[0]
+
+
+def _listed(converters: Mapping[str, Converter]) -> str:
+    return ", ".join(sorted(converters))
 
 
 def _mentions_experts(config: Mapping[str, Any]) -> bool:
+    """Whether a key about experts has a value: configurations of dense models of a family may say none, or 0."""
     return any(
-        "expert" in key or "moe" in key or (isinstance(value, Mapping) and _mentions_experts(value))
+        (value and ("expert" in key or "moe" in key)) or (isinstance(value, Mapping) and _mentions_experts(value))
         for key, value in config.items()
     )
