@@ -9,7 +9,7 @@ from pathlib import Path
 from mopeq_edge.artifacts import digest, file_digest
 from mopeq_edge.calibrate.statistics import read_routing, routing_from_imatrix, write_routing
 from mopeq_edge.calibrate.traces import Traces, read_traces, write_traces
-from mopeq_edge.emit import emit
+from mopeq_edge.emit import emit, planned_files
 from mopeq_edge.errors import CalibrationError, PlanError
 from mopeq_edge.expert_groups.layout import Types, file_specs
 from mopeq_edge.ggml.library import Quantizer, load_ggml
@@ -31,6 +31,7 @@ from mopeq_edge.sensitivity.run import measure_sensitivity
 from mopeq_edge.sensitivity.scores import TRACE
 from mopeq_edge.sensitivity.table import SensitivityTable, read_table, write_table
 from mopeq_edge.source.model import Source
+from mopeq_edge.split import part_paths
 from mopeq_edge.workdir import WorkDirectory
 
 ACTIVATION_FILE, GRADIENT_FILE, ROUTING_FILE = "imatrix.gguf", "gradient.gguf", "routing.safetensors"
@@ -200,7 +201,7 @@ def run_forecast(
     """What the other layout would make of the same budget; None for the paper's map, which has one layout."""
     if options.precision_map is not None:
         return None
-    other = replace(options, layout=STOCK if plan.layout == PER_EXPERT else PER_EXPERT)
+    other = replace(options, layout=STOCK if plan.layout == PER_EXPERT else PER_EXPERT, split_bytes=None)
     stacks = [tensor for tensor in context.source.tensors if is_stack(tensor) and tensor.quantizable]
     return forecast(stacks, table, statistics.routing, plan, plan_only(context, table, statistics, budget, other))
 
@@ -212,16 +213,38 @@ def run_emit(
     output: Path,
     quantize_with: str | None = None,
     quantizer: Quantizer | None = None,
+    split_bytes: int | None = None,
 ) -> int:
     """The emit stage: the planned file, byte for byte as large as planned. Returns its bytes.
 
-    ``quantizer`` is libggml unless another is given.
+    ``quantizer`` is libggml unless another is given. With ``split_bytes`` it is in the files of
+    :func:`output_files`. Raises :class:`PlanError` if these are larger than the plan's budget.
     """
     kind = quantize_with or plan.quantized_with
     types = plan.type_of()
-    specs = file_specs(context.source.tensors, types)
-    kvs = _kvs(context, statistics, kind, file_type_of(specs), plan.sha256)
-    return _emit(context, types, kvs, statistics.imatrix(kind), output, quantizer)
+    kvs = _final_kvs(context, plan, statistics, kind)
+    total = sum(place.file_size for place in planned_files(context.source, types, kvs, split_bytes))
+    if plan.budget_bytes is not None and total > plan.budget_bytes:
+        raise PlanError(
+            f"{output}: in several files it has {total} bytes, {plan.budget_bytes} were allowed when it was planned; "
+            "plan again with the same --split-max-size"
+        )
+    return _emit(context, types, kvs, statistics.imatrix(kind), output, quantizer, split_bytes)
+
+
+def output_files(
+    context: Context, plan: Plan, statistics: Statistics, output: Path, split_bytes: int | None
+) -> tuple[Path, ...]:
+    """The files that :func:`run_emit` writes; llama.cpp wants the first."""
+    if split_bytes is None:
+        return (output,)
+    kvs = _final_kvs(context, plan, statistics, plan.quantized_with)
+    return tuple(part_paths(output, len(planned_files(context.source, plan.type_of(), kvs, split_bytes))))
+
+
+def _final_kvs(context: Context, plan: Plan, statistics: Statistics, kind: str) -> dict[str, KV]:
+    specs = file_specs(context.source.tensors, plan.type_of())
+    return _kvs(context, statistics, kind, file_type_of(specs), plan.sha256)
 
 
 def source_gguf(context: Context) -> Path:
@@ -243,9 +266,12 @@ def _emit(
     imatrix: Imatrix | None,
     output: Path,
     quantizer: Quantizer | None = None,
+    split_bytes: int | None = None,
 ) -> int:
     ggml, threads, progress = quantizer or load_ggml(), context.threads, context.progress
-    return emit(context.source, types, kvs, imatrix, ggml, output, threads=threads, progress=progress)
+    return emit(
+        context.source, types, kvs, imatrix, ggml, output, threads=threads, progress=progress, split_bytes=split_bytes
+    )
 
 
 def imatrix_file(kind: str) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @options.calibration_options
 @options.plan_options
 @options.measure_options
+@options.split_option
 @click.option("--eval-text", type=FILE, help="Text to validate on (default: the calibration text's held-out tail).")
 @click.option("--no-evaluate", is_flag=True, help="Do not run the result in llama.cpp.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
@@ -58,6 +59,7 @@ def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Conver
     from mopeq_edge.convert import HELD_OUT, ConvertRequest, convert, default_sensitivity
     from mopeq_edge.evaluate.chunks import read_text
     from mopeq_edge.pipeline import open_context
+    from mopeq_edge.split import check_parts
 
     budget, plan = options.budget(given), options.plan_request(given)
     work = options.work_directory_of_output(given["work_dir"], out)
@@ -65,7 +67,8 @@ def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Conver
     evaluation_text, evaluate = given["eval_text"], not given["no_evaluate"]
 
     def before_script(checkpoint: tuple[Path, ...]) -> None:
-        check_output(out, checkpoint, force=given["force"])
+        check = check_output if plan.split_bytes is None else check_parts
+        check(out, checkpoint, force=given["force"])
         options.check_before_script(model, given, text, evaluation_text)
 
     context = open_context(
@@ -118,6 +121,7 @@ def _table(result: Converted) -> Any:
     rows = [
         ("layout", plan.layout),
         ("file", size_of(plan, result.file_bytes)),
+        *([("files", f"{len(result.files)}, give llama.cpp the first")] if len(result.files) > 1 else []),
         ("types", types),
         planner_row(plan),
         ("imatrix", result.choice.sentence()),
@@ -138,4 +142,4 @@ def _table(result: Converted) -> Any:
         ]
     if result.forecast is not None:
         rows.append(("layouts", result.forecast.sentence()))
-    return rows_table(str(result.output), rows)
+    return rows_table(str(result.files[0]), rows)

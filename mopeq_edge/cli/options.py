@@ -66,6 +66,21 @@ calibration_options = _stack(
     ),
 )
 
+
+def split_option(command: F) -> F:
+    """``--split-max-size``."""
+    return click.option(
+        "--split-max-size", help="Split OUT into files of at most so many bytes (K, M, G: powers of 1000)."
+    )(command)
+
+
+def split_bytes(given: Mapping[str, Any]) -> int | None:
+    """Bytes of ``--split-max-size``, None without."""
+    from mopeq_edge.split import parse_size
+
+    return None if given.get("split_max_size") is None else parse_size(given["split_max_size"])
+
+
 budget_options = _stack(
     click.option("--target-gb", type=float, help="Largest file, in GB (1e9 bytes)."),
     click.option("--target-gib", type=float, help="Largest file, in GiB (2^30 bytes)."),
@@ -139,12 +154,12 @@ def plan_request(given: Mapping[str, Any]) -> PlanOptions:
         for name in ("scope", "bits"):
             if given[name] is not None:
                 raise PlanError(f"--{name} {given[name]}: belongs to --planner mopeq; add that, or leave it out")
-        return PlanOptions(sensitivity, types, floors, given["layout"] or "stock")
+        return PlanOptions(sensitivity, types, floors, given["layout"] or "stock", split_bytes=split_bytes(given))
     asked = MapOptions(given["scope"] or PER_MODEL, parse_bits(given["bits"] or ""))
     # one measurement serves both planners
     every = tuple(sorted({*types, *asked.types}, key=lambda kind: (kind.bpw, kind.name)))
     paper = "mopeq" if sensitivity == "auto" else sensitivity
-    return PlanOptions(paper, every, floors, given["layout"] or "per-expert", asked)
+    return PlanOptions(paper, every, floors, given["layout"] or "per-expert", asked, split_bytes(given))
 
 
 def calibration_text(model: Path, text: Path | None, imatrix: Path | None) -> Path | None:
