@@ -224,7 +224,7 @@ def run_emit(
     types = plan.type_of()
     kvs = _final_kvs(context, plan, statistics, kind)
     total = sum(place.file_size for place in planned_files(context.source, types, kvs, split_bytes))
-    if plan.budget_bytes is not None and total > plan.budget_bytes:
+    if split_bytes is not None and plan.budget_bytes is not None and total > plan.budget_bytes:
         raise PlanError(
             f"{output}: in several files it has {total} bytes, {plan.budget_bytes} were allowed when it was planned; "
             "plan again with the same --split-max-size"
