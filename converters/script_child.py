@@ -5,7 +5,7 @@
 
 - It loads ``config.json`` with ``trust_remote_code=False``, but the tokenizers of many families (HunYuan, Kimi,
   MiniMax, Nemotron-H, the older Qwen) with True: transformers would then import the Python files that ``auto_map`` of a
-  directory names. So here every ``from_pretrained`` of an Auto class gets False, and the one function of transformers
+  directory names. So here the Auto classes that it uses get False, and the one function of transformers
   that imports a file of a model raises. A tokenizer that exists as such a file only is refused.
 - ``torch.load`` reads weights that are no safetensors, and a table of one family, always with ``weights_only=True``. A
   directory without safetensors is refused before the script starts.
@@ -27,7 +27,8 @@ from typing import Any
 UNKNOWN_PRE_TOKENIZER = "llama.cpp knows no such pre-tokenizer"
 CODE_REFUSED = "needs Python code of its directory, which is never run"
 
-AUTO_CLASSES = ("AutoConfig", "AutoTokenizer", "AutoProcessor", "AutoImageProcessor", "AutoFeatureExtractor")
+AUTO_CLASSES = ("AutoConfig", "AutoTokenizer")
+"""Those that the script uses; others need packages that may not be installed, and are stopped at the import."""
 
 
 @dataclass(frozen=True)
