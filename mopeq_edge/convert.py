@@ -22,6 +22,7 @@ from mopeq_edge.pipeline import (
     check_calibration,
     check_sensitivity,
     load_traces,
+    output_files,
     run_calibrate,
     run_emit,
     run_forecast,
@@ -35,6 +36,7 @@ from mopeq_edge.plan.forecast import Forecast
 from mopeq_edge.plan.options import PlanOptions
 from mopeq_edge.sensitivity.pricing import Statistics, require_scores
 from mopeq_edge.sensitivity.scores import FISHER, FISHER_TRACE, IMATRIX
+from mopeq_edge.split import check_parts
 
 VALIDATION_FORMAT, CHOICE_FORMAT, VERSION = "mopeq-edge validation", "mopeq-edge imatrix choice", 1
 
@@ -86,8 +88,10 @@ class ImatrixChoice:
 class Converted:
     """What came out."""
 
-    output: Path
+    files: tuple[Path, ...]
+    """One, or those that the output was split into, in order."""
     file_bytes: int
+    """Of all files."""
     plan: Plan
     choice: ImatrixChoice
     sampling_error: float
@@ -105,7 +109,8 @@ class Converted:
             "imatrix": asdict(self.choice),
             "layout": self.plan.layout,
             "optimality_gap": self.plan.gap,
-            "output": self.output.name,
+            "output": self.files[0].name,
+            "output_files": len(self.files),
             "forecast": self.forecast.as_dict() if self.forecast is not None else None,
             "plan_sha256": self.plan.sha256,
             "planner": self.plan.planner,
@@ -131,7 +136,8 @@ def convert(context: Context, request: ConvertRequest) -> Converted:
 
     The output is checked before anything is computed, and appears only when it is whole.
     """
-    check_output(request.output, context.source.files, force=request.force)
+    check = check_output if request.options.split_bytes is None else check_parts
+    check(request.output, context.inputs, force=request.force)
     check_calibration(context, request.calibration)
     check_sensitivity(context, request.calibration, request.options.sensitivity)
     words = read_text(request.evaluation_text) if request.evaluation_text is not None else ""
@@ -148,10 +154,12 @@ def convert(context: Context, request: ConvertRequest) -> Converted:
     comparison = run_forecast(context, table, calibrated.statistics, request.budget, request.options, plan)
     measure = _measure(context, request) if request.evaluate else None
     choice = _choose(context, request, calibrated, plan, kind, digest(words), measure)
-    written = run_emit(context, plan, calibrated.statistics, request.output, choice.chosen)
-    evaluation = measure(request.output) if measure is not None else None
+    split = request.options.split_bytes
+    written = run_emit(context, plan, calibrated.statistics, request.output, choice.chosen, split_bytes=split)
+    files = output_files(context, plan, calibrated.statistics, request.output, split)
+    evaluation = measure(files[0]) if measure is not None else None
     result = Converted(
-        request.output,
+        files,
         written,
         plan,
         choice,

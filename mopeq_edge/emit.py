@@ -6,21 +6,25 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from mopeq_edge.atomic import atomic_path
 from mopeq_edge.errors import FormatError, PlanError
-from mopeq_edge.expert_groups.layout import Grouping, Types, expert_map, file_layout
+from mopeq_edge.expert_groups.layout import Grouping, Types, expert_map, file_layout, file_specs
 from mopeq_edge.expert_groups.read import read_groups
 from mopeq_edge.ggml.library import Bytes, Floats, Quantizer
 from mopeq_edge.ggml.types import NEEDS_IMATRIX, GgmlType
 from mopeq_edge.gguf_file import KV, read_header
 from mopeq_edge.gguf_layout import Layout
 from mopeq_edge.imatrix import Imatrix
-from mopeq_edge.progress import Progress
+from mopeq_edge.progress import Progress, Step
 from mopeq_edge.source.model import Source, SourceTensor
+from mopeq_edge.split import part_paths, split_layouts
 
 WEIGHTS_AT_ONCE = 2**20
 """Weights that one piece of work holds as float32, at most (one row at least)."""
@@ -36,11 +40,14 @@ def emit(
     *,
     threads: int,
     progress: Progress,
+    split_bytes: int | None = None,
 ) -> int:
-    """Write ``path`` with every tensor of ``source`` in its type, or groups, of ``types``. Returns the file's bytes.
+    """Write ``path`` with every tensor of ``source`` in its type, or groups, of ``types``. Returns the bytes written.
 
-    The file appears under its name only when it is whole and has been read back. Memory does not grow with
-    the model: a few pieces of work for each of ``threads`` are in flight. The bytes do not depend on threads.
+    With ``split_bytes`` the result is split into files of at most so many bytes (:func:`part_paths` of ``path``); only
+    for types without groups. Files appear under their names only when all are whole and have been read back. Memory
+    does not grow with the model: a few pieces of work for each of ``threads`` are in flight. The bytes do not depend on
+    threads.
     An expert has the same bits in a group as in a stack of the group's type.
     """
     blind = without_imatrix(source, types, imatrix)
@@ -50,35 +57,84 @@ def emit(
             f"tensor '{blind[0]}': type {needy.name} needs an imatrix entry and the imatrix has none; "
             "plan again with this imatrix, or emit with the one that the plan was made with"
         )
-    plan = file_layout(kvs, source.tensors, types)
-    with atomic_path(path) as temporary:
-        with (
-            temporary.open("xb") as file,
-            ThreadPoolExecutor(threads) as pool,
-            progress.step("emit", sum(t.n_weights for t in source.tensors)) as step,
-        ):
-            file.write(plan.header)
+    places = planned_files(source, types, kvs, split_bytes)
+    paths = [path] if split_bytes is None else part_paths(path, len(places))
+    with (
+        _all_or_none(paths) as temporaries,
+        ThreadPoolExecutor(threads) as pool,
+        progress.step("emit", sum(t.n_weights for t in source.tensors)) as step,
+    ):
+        tensors = iter(source.tensors)
+        for temporary, place in zip(temporaries, places, strict=True):
+            # a file that is not split has all of the source's, groups and maps instead of some of them
+            own = list(tensors) if split_bytes is None else list(islice(tensors, len(place.tensors)))
+            with temporary.open("xb") as file:
+                file.write(place.header)
+                for tensor in own:
+                    _write(
+                        file, place.alignment, source, tensor, types[tensor.name], imatrix, ggml, pool, step, threads
+                    )
+                file.flush()
+                os.fsync(file.fileno())
+            check_written(temporary, place)
+            check_groups(temporary, {tensor.name: types[tensor.name] for tensor in own})
+    return sum(place.file_size for place in places)
 
-            def write(tensor: SourceTensor, kind: GgmlType, matrices: Sequence[int]) -> None:
-                for blocks in _quantized(source, tensor, kind, matrices, imatrix, ggml, pool, in_flight=2 * threads):
-                    file.write(blocks.data)
-                    step.advance(blocks.nbytes / kind.type_size * kind.block_size)
-                file.write(b"\0" * (-file.tell() % plan.alignment))
 
-            for tensor in source.tensors:
-                kind = types[tensor.name]
-                if isinstance(kind, GgmlType):
-                    write(tensor, kind, range(tensor.n_matrices))
-                    continue
-                for group in kind:
-                    write(tensor, group.type, group.experts)
-                file.write(expert_map(kind, tensor.n_matrices).tobytes())
-                file.write(b"\0" * (-file.tell() % plan.alignment))
-            file.flush()
-            os.fsync(file.fileno())
-        check_written(temporary, plan)
-        check_groups(temporary, types)
-    return plan.file_size
+def planned_files(
+    source: Source, types: Types, kvs: Mapping[str, KV], split_bytes: int | None = None
+) -> tuple[Layout, ...]:
+    """The layout of every file that :func:`emit` writes. Raises :class:`PlanError` for what cannot be split so."""
+    if split_bytes is None:
+        return (file_layout(kvs, source.tensors, types),)
+    if any(not isinstance(kind, GgmlType) for kind in types.values()):
+        raise PlanError(
+            "--split-max-size: a file with experts of different types cannot be split yet; "
+            "leave it out, or use --layout stock"
+        )
+    return split_layouts(kvs, file_specs(source.tensors, types), split_bytes)
+
+
+@contextmanager
+def _all_or_none(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Temporary names that become ``paths`` on success, the first last; on error no new file keeps its name."""
+    new = [path for path in paths if not path.exists()]
+    try:
+        with ExitStack() as stack:
+            yield [stack.enter_context(atomic_path(path)) for path in paths]
+    except BaseException:
+        for path in new:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _write(
+    file: BinaryIO,
+    alignment: int,
+    source: Source,
+    tensor: SourceTensor,
+    kind: GgmlType | Grouping,
+    imatrix: Imatrix | None,
+    ggml: Quantizer,
+    pool: ThreadPoolExecutor,
+    step: Step,
+    threads: int,
+) -> None:
+    """Append one tensor, or its groups and their map, each with its padding."""
+
+    def write(part: GgmlType, matrices: Sequence[int]) -> None:
+        for blocks in _quantized(source, tensor, part, matrices, imatrix, ggml, pool, in_flight=2 * threads):
+            file.write(blocks.data)
+            step.advance(blocks.nbytes / part.type_size * part.block_size)
+        file.write(b"\0" * (-file.tell() % alignment))
+
+    if isinstance(kind, GgmlType):
+        write(kind, range(tensor.n_matrices))
+        return
+    for group in kind:
+        write(group.type, group.experts)
+    file.write(expert_map(kind, tensor.n_matrices).tobytes())
+    file.write(b"\0" * (-file.tell() % alignment))
 
 
 def kinds_of(kind: GgmlType | Grouping) -> tuple[GgmlType, ...]:

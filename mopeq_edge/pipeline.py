@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from converters import CONVERTERS
 from mopeq_edge.artifacts import digest, file_digest
 from mopeq_edge.calibrate.statistics import read_routing, routing_from_imatrix, write_routing
 from mopeq_edge.calibrate.traces import Traces, read_traces, write_traces
-from mopeq_edge.emit import emit
+from mopeq_edge.emit import emit, planned_files
 from mopeq_edge.errors import CalibrationError, PlanError
 from mopeq_edge.expert_groups.layout import Types, file_specs
 from mopeq_edge.ggml.library import Quantizer, load_ggml
@@ -18,6 +17,8 @@ from mopeq_edge.ggml.types import GgmlType
 from mopeq_edge.gguf_file import KV
 from mopeq_edge.imatrix import ACTIVATION, GRADIENT, Imatrix, read_imatrix, split_stacks, write_imatrix
 from mopeq_edge.output_kvs import IMATRIX_NAME, Provenance, file_type_of, output_kvs
+from mopeq_edge.pipeline_context import Context as Context
+from mopeq_edge.pipeline_context import open_context as open_context
 from mopeq_edge.plan.artifact import PER_EXPERT, STOCK, Plan, write_plan
 from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.forecast import Forecast, forecast
@@ -30,23 +31,12 @@ from mopeq_edge.sensitivity.run import measure_sensitivity
 from mopeq_edge.sensitivity.scores import NEEDS_TRACES
 from mopeq_edge.sensitivity.table import SensitivityTable, read_table, write_table
 from mopeq_edge.source.model import Source
-from mopeq_edge.source.open import open_source, source_files_digest
+from mopeq_edge.split import part_paths
 from mopeq_edge.workdir import WorkDirectory
 
 ACTIVATION_FILE, GRADIENT_FILE, ROUTING_FILE = "imatrix.gguf", "gradient.gguf", "routing.safetensors"
 TRACE_FILE = "trace.safetensors"
 NO_IMATRIX = "none"
-
-
-@dataclass(frozen=True)
-class Context:
-    """One source with its work directory: what every stage needs."""
-
-    source: Source
-    source_sha256: str
-    work: WorkDirectory
-    threads: int
-    progress: Progress
 
 
 @dataclass(frozen=True)
@@ -81,15 +71,6 @@ class Calibrated:
 
     statistics: Statistics
     made_from: str
-
-
-def open_context(model: Path, work: Path, *, pre: str | None, threads: int, progress: Progress) -> Context:
-    """Open ``model`` and say what its user should know."""
-    source = open_source(model, CONVERTERS, pre)
-    for warning in source.warnings:
-        progress.note(f"note: {warning}")
-    directory = WorkDirectory(work)
-    return Context(source, source_files_digest(source, directory.file("hashes.json")), directory, threads, progress)
 
 
 def check_calibration(context: Context, request: CalibrationRequest) -> None:
@@ -220,7 +201,7 @@ def run_forecast(
     """What the other layout would make of the same budget; None for the paper's map, which has one layout."""
     if options.precision_map is not None:
         return None
-    other = replace(options, layout=STOCK if plan.layout == PER_EXPERT else PER_EXPERT)
+    other = replace(options, layout=STOCK if plan.layout == PER_EXPERT else PER_EXPERT, split_bytes=None)
     stacks = [tensor for tensor in context.source.tensors if is_stack(tensor) and tensor.quantizable]
     return forecast(stacks, table, statistics.routing, plan, plan_only(context, table, statistics, budget, other))
 
@@ -232,16 +213,38 @@ def run_emit(
     output: Path,
     quantize_with: str | None = None,
     quantizer: Quantizer | None = None,
+    split_bytes: int | None = None,
 ) -> int:
     """The emit stage: the planned file, byte for byte as large as planned. Returns its bytes.
 
-    ``quantizer`` is libggml unless another is given.
+    ``quantizer`` is libggml unless another is given. With ``split_bytes`` it is in the files of
+    :func:`output_files`. Raises :class:`PlanError` if these are larger than the plan's budget.
     """
     kind = quantize_with or plan.quantized_with
     types = plan.type_of()
-    specs = file_specs(context.source.tensors, types)
-    kvs = _kvs(context, statistics, kind, file_type_of(specs), plan.sha256)
-    return _emit(context, types, kvs, statistics.imatrix(kind), output, quantizer)
+    kvs = _final_kvs(context, plan, statistics, kind)
+    total = sum(place.file_size for place in planned_files(context.source, types, kvs, split_bytes))
+    if split_bytes is not None and plan.budget_bytes is not None and total > plan.budget_bytes:
+        raise PlanError(
+            f"{output}: in several files it has {total} bytes, {plan.budget_bytes} were allowed when it was planned; "
+            "plan again with the same --split-max-size"
+        )
+    return _emit(context, types, kvs, statistics.imatrix(kind), output, quantizer, split_bytes)
+
+
+def output_files(
+    context: Context, plan: Plan, statistics: Statistics, output: Path, split_bytes: int | None
+) -> tuple[Path, ...]:
+    """The files that :func:`run_emit` writes; llama.cpp wants the first."""
+    if split_bytes is None:
+        return (output,)
+    kvs = _final_kvs(context, plan, statistics, plan.quantized_with)
+    return tuple(part_paths(output, len(planned_files(context.source, plan.type_of(), kvs, split_bytes))))
+
+
+def _final_kvs(context: Context, plan: Plan, statistics: Statistics, kind: str) -> dict[str, KV]:
+    specs = file_specs(context.source.tensors, plan.type_of())
+    return _kvs(context, statistics, kind, file_type_of(specs), plan.sha256)
 
 
 def source_gguf(context: Context) -> Path:
@@ -263,9 +266,12 @@ def _emit(
     imatrix: Imatrix | None,
     output: Path,
     quantizer: Quantizer | None = None,
+    split_bytes: int | None = None,
 ) -> int:
     ggml, threads, progress = quantizer or load_ggml(), context.threads, context.progress
-    return emit(context.source, types, kvs, imatrix, ggml, output, threads=threads, progress=progress)
+    return emit(
+        context.source, types, kvs, imatrix, ggml, output, threads=threads, progress=progress, split_bytes=split_bytes
+    )
 
 
 def imatrix_file(kind: str) -> str:

@@ -11,9 +11,10 @@ from typing import Any
 from mopeq_edge.expert_groups.layout import VERSION
 from mopeq_edge.expert_groups.read import GroupedStack, is_part, read_groups
 from mopeq_edge.ggml.types import GgmlType
-from mopeq_edge.gguf_file import MAGIC, GGUFHeader, read_header
+from mopeq_edge.gguf_file import MAGIC, GGUFHeader
 from mopeq_edge.plan.artifact import PER_EXPERT, STOCK
 from mopeq_edge.source.roles import role_of
+from mopeq_edge.split import read_parts
 from mopeq_edge.units import plural
 
 
@@ -89,16 +90,20 @@ class Summary:
 
 
 def summarise(path: Path) -> Summary:
-    """Read and check ``path``. Raises :class:`FormatError` for whatever is wrong with its structure.
+    """Read and check ``path``, given the first file of a split GGUF all of them.
+
+    Raises :class:`FormatError` for whatever is wrong with the structure.
 
     Checked are the header, that every tensor lies in the file, and the expert groups; no weights are read.
     """
-    header = read_header(path)
+    headers = read_parts(path)
+    header = headers[0]
+    infos = [info for part in headers for info in part.tensors]
     stacks = read_groups(header)
     architecture, kind = header.get("general.architecture"), header.get("general.type")
     by_type: Counter[str] = Counter()
     by_role: Counter[str] = Counter()
-    for info in header.tensors:
+    for info in infos:
         by_type[info.type.name] += info.nbytes
         by_role[role_of(info.name).value] += info.nbytes
     return Summary(
@@ -109,10 +114,10 @@ def summarise(path: Path) -> Summary:
         n_layer=_number(header, f"{architecture}.block_count"),
         n_expert=_number(header, f"{architecture}.expert_count"),
         n_expert_used=_number(header, f"{architecture}.expert_used_count"),
-        file_bytes=header.file_size,
-        header_bytes=header.data_start,
-        n_tensors=len(header.tensors),
-        n_weights=sum(i.n_weights for i in header.tensors if not (is_part(i.name) and i.name.endswith(".map"))),
+        file_bytes=sum(part.file_size for part in headers),
+        header_bytes=sum(part.data_start for part in headers),
+        n_tensors=len(infos),
+        n_weights=sum(i.n_weights for i in infos if not (is_part(i.name) and i.name.endswith(".map"))),
         bytes_by_type=dict(by_type.most_common()),
         bytes_by_role=dict(by_role.most_common()),
         stacks=stacks,

@@ -6,7 +6,7 @@ reused only when both still match, so a changed input, option or file runs it ag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,15 @@ class WorkDirectory:
         """Where the artifact ``name`` is or will be."""
         return self.path / name
 
-    def has(self, stage: str, made_from: str) -> bool:
-        """Whether ``stage`` was finished from inputs of hash ``made_from`` and its files are unchanged."""
+    def has(self, stage: str, made_from: str, digest_of: Callable[[Path], str] = file_digest) -> bool:
+        """Whether ``stage`` was finished from inputs of hash ``made_from`` and its files are unchanged.
+
+        ``digest_of`` may remember what it read: for files of many gigabytes.
+        """
         record = self._stages().get(stage)
         if record is None or record["made_from"] != made_from:
             return False
-        return all(self.file(n).is_file() and file_digest(self.file(n)) == h for n, h in record["files"].items())
+        return all(self.file(n).is_file() and digest_of(self.file(n)) == h for n, h in record["files"].items())
 
     def files(self, stage: str) -> tuple[str, ...]:
         """Names of the files that ``stage`` left; empty if it never finished."""
@@ -43,10 +46,12 @@ class WorkDirectory:
         record = self._stages().get(stage)
         return str(record["made_from"]) if record is not None else None
 
-    def record(self, stage: str, made_from: str, names: Sequence[str]) -> None:
+    def record(
+        self, stage: str, made_from: str, names: Sequence[str], digest_of: Callable[[Path], str] = file_digest
+    ) -> None:
         """Note that ``stage`` is finished and left the files ``names``."""
         stages = self._stages()
-        stages[stage] = {"made_from": made_from, "files": {name: file_digest(self.file(name)) for name in names}}
+        stages[stage] = {"made_from": made_from, "files": {name: digest_of(self.file(name)) for name in names}}
         write_json(self.file("stages.json"), FORMAT, VERSION, {"stages": stages})
 
     def _stages(self) -> dict[str, Any]:

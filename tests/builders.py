@@ -21,6 +21,7 @@ from mopeq_edge.progress import SilentProgress
 from mopeq_edge.source.model import Source
 
 TOKENIZER_FROM = Path(__file__).parent.parent / "examples" / "tiny-olmoe"
+EXAMPLE_TEXT = TOKENIZER_FROM / "calibration.txt"
 
 
 def write_gguf(source: Source, path: Path) -> None:

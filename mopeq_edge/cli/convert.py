@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @options.calibration_options
 @options.plan_options
 @options.measure_options
+@options.split_option
 @click.option("--eval-text", type=FILE, help="Text to validate on (default: the calibration text's held-out tail).")
 @click.option("--no-evaluate", is_flag=True, help="Do not run the result in llama.cpp.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
@@ -53,17 +54,26 @@ def convert(model: Path, out: Path, **given: Any) -> None:
 
 
 def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Converted:
-    from mopeq_edge.atomic import atomic_write
+    from mopeq_edge.atomic import atomic_write, check_output
     from mopeq_edge.calibrate.tokens import split_text
     from mopeq_edge.convert import HELD_OUT, ConvertRequest, convert, default_sensitivity
     from mopeq_edge.evaluate.chunks import read_text
     from mopeq_edge.pipeline import open_context
+    from mopeq_edge.split import check_parts
 
     budget, plan = options.budget(given), options.plan_request(given)
     work = options.work_directory_of_output(given["work_dir"], out)
-    context = open_context(model, work, pre=given["pre"], threads=given["threads"], progress=progress)
     text = options.calibration_text(model, given["text"], given["imatrix"])
     evaluation_text, evaluate = given["eval_text"], not given["no_evaluate"]
+
+    def before_script(checkpoint: tuple[Path, ...]) -> None:
+        check = check_output if plan.split_bytes is None else check_parts
+        check(out, checkpoint, force=given["force"])
+        options.check_before_script(model, given, text, evaluation_text)
+
+    context = open_context(
+        model, work, pre=given["pre"], threads=given["threads"], progress=progress, before_script=before_script
+    )
     # the tail is kept back always: so --no-evaluate and --eval-text reuse the calibration too
     words, tail = split_text(read_text(text), HELD_OUT) if text is not None else ("", "")
     if tail and evaluation_text is None:
@@ -71,7 +81,7 @@ def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Conver
         with atomic_write(evaluation_text) as file:
             file.write(tail.encode())
     calibration = options.calibration_request(
-        model,
+        context.source.kind == "huggingface",
         text,
         words,
         imatrix=given["imatrix"],
@@ -111,6 +121,7 @@ def _table(result: Converted) -> Any:
     rows = [
         ("layout", plan.layout),
         ("file", size_of(plan, result.file_bytes)),
+        *([("files", f"{len(result.files)}, give llama.cpp the first")] if len(result.files) > 1 else []),
         ("types", types),
         planner_row(plan),
         ("imatrix", result.choice.sentence()),
@@ -131,4 +142,4 @@ def _table(result: Converted) -> Any:
         ]
     if result.forecast is not None:
         rows.append(("layouts", result.forecast.sentence()))
-    return rows_table(str(result.output), rows)
+    return rows_table(str(result.files[0]), rows)

@@ -26,13 +26,19 @@ STACKS_SHOWN = 24
 def inspect(model: Path, types: str, floors: tuple[str, ...], pre: str | None, as_json: bool) -> None:
     """Show architecture, experts, bytes by kind and the sizes that a plan for MODEL can have.
 
+    A directory with an architecture that no converter of ours knows is asked through llama.cpp's own script, without
+    converting it.
+
     For a GGUF whose experts are in groups of different types: what they are, and what runs it.
 
     \b
     Example:
       mopeq-edge inspect OLMoE-1B-7B
     """
+    from tempfile import TemporaryDirectory
+
     from converters import CONVERTERS
+    from converters.by_script import SCRIPT, header_gguf
     from mopeq_edge.cli.console import print_json, print_table
     from mopeq_edge.describe import describe
     from mopeq_edge.plan.candidates import parse_floors, parse_types
@@ -48,14 +54,24 @@ def inspect(model: Path, types: str, floors: tuple[str, ...], pre: str | None, a
         click.echo(grouped.sentence())
         print_table(_grouped_table(grouped))
         return
-    source = open_source(model, CONVERTERS, pre)
     request = PlanOptions("weight-mse", parse_types(types), parse_floors(floors))
-    found = describe(source, request, options.CALIBRATION_NAME)
+    with TemporaryDirectory(prefix="mopeq-edge-") as folder:
+
+        def to_gguf(directory: Path, architecture: str) -> Path:
+            click.echo(
+                f"note: {directory}: no converter of ours knows {architecture}; llama.cpp's {SCRIPT} describes it",
+                err=True,
+            )
+            header_gguf(directory, Path(folder) / "header.gguf", pre=pre)
+            return Path(folder) / "header.gguf"
+
+        source = open_source(model, CONVERTERS, pre, to_gguf)
+        found = describe(source, request, options.CALIBRATION_NAME)
     if as_json:
         print_json(found.as_dict())
         return
     for warning in source.warnings:
-        click.echo(f"note: {warning}", err=True)
+        click.echo(f"note: {warning.replace(str(source.path), str(model))}", err=True)
     print_table(_table(model, found))
 
 

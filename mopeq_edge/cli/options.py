@@ -66,6 +66,21 @@ calibration_options = _stack(
     ),
 )
 
+
+def split_option(command: F) -> F:
+    """``--split-max-size``."""
+    return click.option(
+        "--split-max-size", help="Split OUT into files of at most so many bytes (K, M, G: powers of 1000)."
+    )(command)
+
+
+def split_bytes(given: Mapping[str, Any]) -> int | None:
+    """Bytes of ``--split-max-size``, None without."""
+    from mopeq_edge.split import parse_size
+
+    return None if given.get("split_max_size") is None else parse_size(given["split_max_size"])
+
+
 budget_options = _stack(
     click.option("--target-gb", type=float, help="Largest file, in GB (1e9 bytes)."),
     click.option("--target-gib", type=float, help="Largest file, in GiB (2^30 bytes)."),
@@ -142,12 +157,12 @@ def plan_request(given: Mapping[str, Any]) -> PlanOptions:
         for name in ("scope", "bits"):
             if given[name] is not None:
                 raise PlanError(f"--{name} {given[name]}: belongs to --planner mopeq; add that, or leave it out")
-        return PlanOptions(sensitivity, types, floors, given["layout"] or "stock")
+        return PlanOptions(sensitivity, types, floors, given["layout"] or "stock", split_bytes=split_bytes(given))
     asked = MapOptions(given["scope"] or PER_MODEL, parse_bits(given["bits"] or ""))
     # one measurement serves both planners
     every = tuple(sorted({*types, *asked.types}, key=lambda kind: (kind.bpw, kind.name)))
     paper = "mopeq" if sensitivity == "auto" else sensitivity
-    return PlanOptions(paper, every, floors, given["layout"] or "per-expert", asked)
+    return PlanOptions(paper, every, floors, given["layout"] or "per-expert", asked, split_bytes(given))
 
 
 def calibration_text(model: Path, text: Path | None, imatrix: Path | None) -> Path | None:
@@ -158,8 +173,28 @@ def calibration_text(model: Path, text: Path | None, imatrix: Path | None) -> Pa
     return beside if beside.is_file() else None
 
 
+def check_before_script(model: Path, given: Mapping[str, Any], *texts: Path | None) -> None:
+    """Raise for what could not be calibrated once llama.cpp's script has made a GGUF of ``model``.
+
+    The first of ``texts`` is that to calibrate on.
+    """
+    from mopeq_edge.errors import CalibrationError
+    from mopeq_edge.evaluate.chunks import read_text
+
+    if given["trace"] or (given["fisher"] and given["imatrix"] is None):
+        raise CalibrationError(
+            f"{model}: gradients need an architecture that we have a converter for, and this one goes through a GGUF; "
+            "leave out --fisher and --trace and use --sensitivity imatrix"
+        )
+    if texts[0] is None and given["imatrix"] is None:
+        raise CalibrationError(f"{model}: no text to calibrate on; give --text FILE or --imatrix FILE")
+    for text in texts:
+        if text is not None:
+            read_text(text)
+
+
 def calibration_request(
-    model: Path,
+    has_gradients: bool,
     text: Path | None,
     words: str,
     *,
@@ -172,9 +207,10 @@ def calibration_request(
     probes: int,
     trace_chunks: int,
 ) -> CalibrationRequest:
+    """The request; ``has_gradients``: the model can give the gradient-weighted imatrix, so it is made by default."""
     from mopeq_edge.pipeline import CalibrationRequest, TraceRequest
 
-    wanted = model.is_dir() if fisher is None else fisher
+    wanted = has_gradients if fisher is None else fisher
     name = text.name if text is not None else ""
     traces = TraceRequest(trace_chunks, probes) if trace else None
     return CalibrationRequest(words, name, ctx, chunks, wanted and imatrix is None, seed, imatrix, traces)

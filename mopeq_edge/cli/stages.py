@@ -13,15 +13,17 @@ from mopeq_edge.cli.console import FILE, json_option, threads_option
 
 if TYPE_CHECKING:
     from mopeq_edge.pipeline import Calibrated, Context
+    from mopeq_edge.pipeline_context import BeforeScript
     from mopeq_edge.plan.artifact import Plan
     from mopeq_edge.plan.forecast import Forecast
 
 
-def _context(model: Path, given: dict[str, Any], progress: Any) -> Context:
+def _context(model: Path, given: dict[str, Any], progress: Any, before_script: BeforeScript | None = None) -> Context:
     from mopeq_edge.pipeline import open_context
 
     work = options.work_directory(given["work_dir"], model)
-    return open_context(model, work, pre=given.get("pre"), threads=given["threads"], progress=progress)
+    threads, pre = given["threads"], given.get("pre")
+    return open_context(model, work, pre=pre, threads=threads, progress=progress, before_script=before_script)
 
 
 def _finished_calibration(context: Context) -> Calibrated:
@@ -52,11 +54,14 @@ def calibrate(model: Path, **given: Any) -> None:
     from mopeq_edge.pipeline import run_calibrate
 
     with console_progress() as progress:
-        context = _context(model, given, progress)
         text = options.calibration_text(model, given["text"], given["imatrix"])
+        context = _context(model, given, progress, lambda _: options.check_before_script(model, given, text))
         names = ("imatrix", "ctx", "chunks", "fisher", "seed", "trace", "probes", "trace_chunks")
         request = options.calibration_request(
-            model, text, read_text(text) if text is not None else "", **{name: given[name] for name in names}
+            context.source.kind == "huggingface",
+            text,
+            read_text(text) if text is not None else "",
+            **{name: given[name] for name in names},
         )
         statistics = run_calibrate(context, request).statistics
     routing, imatrix, traces = statistics.routing, statistics.activation, statistics.traces
@@ -120,6 +125,7 @@ def sensitivity(model: Path, **given: Any) -> None:
 @click.argument("model", type=FILE)
 @options.budget_options
 @options.plan_options
+@options.split_option
 @click.option("-o", "--output", type=FILE, help="Where to write the plan (default: plan.json in the work directory).")
 @click.option("--tensor-type-file", type=FILE, help="Also write the plan for llama-quantize --tensor-type-file.")
 @options.work_option
@@ -203,6 +209,7 @@ def planner_row(made: Plan) -> tuple[str, str]:
 @click.option(
     "--quantize-with", type=click.Choice(["activation", "gradient"]), help="Imatrix (default: the plan's own)."
 )
+@options.split_option
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @options.work_option
 @options.pre_option
@@ -217,17 +224,23 @@ def emit(model: Path, out: Path, **given: Any) -> None:
     """
     from mopeq_edge.atomic import check_output
     from mopeq_edge.cli.console import console_progress, print_json
-    from mopeq_edge.pipeline import check_plan, run_emit
+    from mopeq_edge.pipeline import check_plan, output_files, run_emit
     from mopeq_edge.plan.artifact import read_plan
+    from mopeq_edge.split import check_parts
 
     with console_progress() as progress:
         context = _context(model, given, progress)
-        check_output(out, context.source.files, force=given["force"])
+        split = options.split_bytes(given)
+        (check_output if split is None else check_parts)(out, context.inputs, force=given["force"])
         made = read_plan(given["plan_file"] or context.work.file("plan.json"))
         check_plan(made, context.source)
         statistics = _finished_calibration(context).statistics
-        written = run_emit(context, made, statistics, out, given["quantize_with"])
+        written = run_emit(context, made, statistics, out, given["quantize_with"], split_bytes=split)
+        files = output_files(context, made, statistics, out, split)
     if given["as_json"]:
-        print_json({"file_bytes": written, "output": str(out), "predicted_file_bytes": made.file_bytes})
+        sizes = {"file_bytes": written, "predicted_file_bytes": made.file_bytes}
+        print_json({**sizes, "output": str(files[0]), "output_files": len(files)})
     else:
-        click.echo(f"{out}: {written:,} bytes, as planned")
+        planned = "as planned" if written == made.file_bytes else f"{made.file_bytes:,} planned"
+        many = f" in {len(files)} files" if len(files) > 1 else ""
+        click.echo(f"{files[0]}: {written:,} bytes{many}, {planned}")

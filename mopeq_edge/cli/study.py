@@ -148,11 +148,21 @@ def _setup(model: Path, given: dict[str, Any], progress: Progress) -> Setup:
     work = options.work_directory(given["work_dir"], model)
     held_out = given["eval_text"] or (model if model.is_dir() else model.parent) / EVALUATION_NAME
     read_text(held_out)
-    context = open_context(model, work, pre=given["pre"], threads=given["threads"], progress=progress)
     text = options.calibration_text(model, given["text"], given["imatrix"])
+    context = open_context(
+        model,
+        work,
+        pre=given["pre"],
+        threads=given["threads"],
+        progress=progress,
+        before_script=lambda _: options.check_before_script(model, given, text),
+    )
     names = ("imatrix", "ctx", "chunks", "fisher", "seed", "trace", "probes", "trace_chunks")
     request = options.calibration_request(
-        model, text, read_text(text) if text is not None else "", **{name: given[name] for name in names}
+        context.source.kind == "huggingface",
+        text,
+        read_text(text) if text is not None else "",
+        **{name: given[name] for name in names},
     )
     types = tuple(sorted({*parse_types(given["types"]), *BITS.values()}, key=lambda kind: (kind.bpw, kind.name)))
     return prepare(context, request, types, held_out, n_ctx=given["eval_ctx"], n_windows=given["windows"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,10 @@ from mopeq_edge.evaluate.chunks import Positions, cut_text, first_counted, read_
 from mopeq_edge.evaluate.divergence import Divergence, PositionScores, compare, summarise
 from mopeq_edge.evaluate.reference import ReferenceKey, ReferenceLogits, open_reference, write_reference
 from mopeq_edge.progress import Progress, SilentProgress, Step
+from mopeq_edge.split import gguf_parts
 from mopeq_edge.units import plural
 
 FORMAT = 1
-_SHARD = re.compile(r"-(\d{5})-of-(\d{5})(?=\.gguf$)")
 _READ_BYTES = 1 << 22
 
 
@@ -170,15 +169,6 @@ def evaluate(
         divergence=summarise(scores),
         kld_by_window=tuple(float(window.kld.mean()) for window in scores),
     )
-
-
-def gguf_parts(path: Path) -> list[Path]:
-    """All files of a GGUF: itself, or every ``-0000i-of-0000n`` part of a split one."""
-    match = _SHARD.search(path.name)
-    if match is None:
-        return [path]
-    count = int(match[2])
-    return [path.with_name(_SHARD.sub(f"-{i:05d}-of-{count:05d}", path.name)) for i in range(1, count + 1)]
 
 
 def gguf_sha256(path: Path, progress: Progress | None = None) -> str:

@@ -19,6 +19,8 @@ class Budget:
     gb: float | None = None
     gib: float | None = None
     bpw: float | None = None
+    reserve: int = 0
+    """Bytes kept back of GB or GiB; in bits per weight headers come on top anyway."""
 
     def __post_init__(self) -> None:
         given = [value for value in (self.gb, self.gib, self.bpw) if value is not None]
@@ -34,16 +36,17 @@ class Budget:
         bpw is llama.cpp's: bytes of tensor data times 8 over the number of weights; the header comes on top.
         """
         if self.gb is not None:
-            return int(round(self.gb * GB, 3))
+            return int(round(self.gb * GB, 3)) - self.reserve
         if self.gib is not None:
-            return int(round(self.gib * GIB, 3))
+            return int(round(self.gib * GIB, 3)) - self.reserve
         assert self.bpw is not None
         return header_bytes + int(self.bpw * sum(t.n_weights for t in tensors) / 8)
 
     def __str__(self) -> str:
+        kept = f" less {self.reserve} bytes for the headers of several files" if self.reserve else ""
         if self.gb is not None:
-            return f"{self.gb:g} GB"
-        return f"{self.gib:g} GiB" if self.gib is not None else f"{self.bpw:g} bpw"
+            return f"{self.gb:g} GB{kept}"
+        return f"{self.gib:g} GiB{kept}" if self.gib is not None else f"{self.bpw:g} bpw"
 
 
 def header_bytes(kvs: Mapping[str, KV], specs: Iterable[TensorSpec]) -> int:

@@ -20,9 +20,11 @@ from mopeq_edge.plan.mopeq import map_size_range, mopeq_plan, require_map_budget
 from mopeq_edge.plan.options import PlanOptions
 from mopeq_edge.plan.per_expert import per_expert_plan
 from mopeq_edge.plan.solve import Group, largest_cost, smallest_cost, solve
+from mopeq_edge.plan.split import plan_in_files, types_in_a_file
 from mopeq_edge.sensitivity.scores import UNITS
 from mopeq_edge.sensitivity.table import SensitivityTable
 from mopeq_edge.source.model import Source, SourceTensor
+from mopeq_edge.split import split_layouts
 from mopeq_edge.units import format_bytes
 
 
@@ -50,7 +52,13 @@ def make_plan(
         return mopeq_plan(source, table, kvs, budget, options)
     if budget is None:
         raise PlanError("--planner knapsack: expected a budget, found none; give one, or use --planner mopeq")
-    allowed = _allowed(source, table, options)
+    allowed = _allowed(source, table, kvs, options)
+    if options.split_bytes is not None:
+
+        def planned(part: Budget) -> Plan:
+            return _stock_plan(source, table, kvs, part, options, allowed)
+
+        return plan_in_files(planned, source, kvs, budget, options.split_bytes)
     stock = _stock_plan(source, table, kvs, budget, options, allowed)
     return stock if options.layout == STOCK else per_expert_plan(source, kvs, allowed, stock)
 
@@ -107,6 +115,8 @@ def require_budget(source: Source, kvs: Mapping[str, KV], budget: Budget, option
         require_map_budget(source, kvs, budget, options)
         return
     header = source_header_bytes(source, kvs)
+    if options.split_bytes is not None:
+        split_layouts(kvs, [], options.split_bytes)
     smallest, _ = size_range(source, kvs, options, has_imatrix=True)
     _require_room(budget, budget.file_bytes(header, source.tensors), smallest)
 
@@ -125,13 +135,16 @@ def size_range(source: Source, kvs: Mapping[str, KV], options: PlanOptions, *, h
         return map_size_range(source, kvs, options)
     total = [source_header_bytes(source, kvs)] * 2
     for tensor in source.tensors:
-        kinds = candidates(tensor, options.types, has_imatrix=has_imatrix, floors=options.floors)
+        allowed = candidates(tensor, options.types, has_imatrix=has_imatrix, floors=options.floors)
+        kinds = types_in_a_file(tensor, allowed, kvs, options.split_bytes)
         sizes = [padded_nbytes(tensor.shape, kind) for kind in kinds]
         total = [total[0] + min(sizes), total[1] + sizes[-1]]
     return total[0], total[1]
 
 
-def _allowed(source: Source, table: SensitivityTable, options: PlanOptions) -> dict[str, Allowed]:
+def _allowed(
+    source: Source, table: SensitivityTable, kvs: Mapping[str, KV], options: PlanOptions
+) -> dict[str, Allowed]:
     """Candidates and damages of every quantizable tensor, by name."""
     asked_for = {t.name for t in options.types}
     found: dict[str, Allowed] = {}
@@ -141,7 +154,8 @@ def _allowed(source: Source, table: SensitivityTable, options: PlanOptions) -> d
         errors = table.require(tensor.name, options.sensitivity)
         # what was measured decides which types an imatrix allowed
         measured = [BY_NAME[name] for name in errors.types if name in asked_for]
-        types = candidates(tensor, measured, has_imatrix=True, floors=options.floors)
+        every = candidates(tensor, measured, has_imatrix=True, floors=options.floors)
+        types = types_in_a_file(tensor, every, kvs, options.split_bytes)
         rows = [errors.types.index(kind.name) for kind in types]
         found[tensor.name] = Allowed(types, errors.damage[options.sensitivity][rows])
     return found

@@ -13,35 +13,33 @@ from mopeq_edge.errors import SourceError
 from mopeq_edge.expert_groups.read import is_part
 from mopeq_edge.ggml.library import bf16_to_f32, load_ggml
 from mopeq_edge.ggml.types import BF16, F16, F32, GgmlType
-from mopeq_edge.gguf_file import KV, read_header
+from mopeq_edge.gguf_file import KV
 from mopeq_edge.source.file_bytes import read_bytes
 from mopeq_edge.source.model import Bytes, Floats, SourceTensor, require_finite
+from mopeq_edge.split import read_parts
 
 _INTEGERS: Mapping[str, str] = {"I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "F64": "<f8"}
 
 
 class GGUFSource:
-    """One GGUF file. Raises :class:`FormatError` if it is damaged, :class:`SourceError` if not supported."""
+    """One GGUF, split or not: ``path`` is the first file.
+
+    Raises :class:`FormatError` if it is damaged, :class:`SourceError` if it is not supported.
+    """
 
     kind = "gguf"
 
     def __init__(self, path: Path) -> None:
-        header = read_header(path)
+        headers = read_parts(path)
         self.path = path
-        self.files: tuple[Path, ...] = (path,)
-        self.kvs: Mapping[str, KV] = {key: kv for key, kv in header.kvs.items() if not key.startswith("split.")}
-        self._data_start = header.data_start
-        n_files = header.get("split.count")
-        if isinstance(n_files, int) and n_files > 1:
-            raise SourceError(
-                f"{path}: one of {n_files} files of a split GGUF; join them with llama-gguf-split --merge "
-                "and give the result"
-            )
-        architecture = header.get("general.architecture")
+        self.files: tuple[Path, ...] = tuple(header.path for header in headers)
+        self.kvs: Mapping[str, KV] = {k: kv for k, kv in headers[0].kvs.items() if not k.startswith("split.")}
+        architecture = headers[0].get("general.architecture")
         if not isinstance(architecture, str):
             raise SourceError(f"{path}: has no general.architecture, so it holds no model that llama.cpp can run")
         self.architecture = architecture
-        for info in header.tensors:
+        infos = [info for header in headers for info in header.tensors]
+        for info in infos:
             if math.prod(info.shape[3:]) != 1:
                 raise SourceError(f"{path}: tensor '{info.name}' has shape {list(info.shape)}, expected 3 axes at most")
             if is_part(info.name):
@@ -49,8 +47,11 @@ class GGUFSource:
                     f"{path}: tensor '{info.name}': a file of the per-expert layout, its experts are already in groups "
                     "of different types; give the model that it was made of (mopeq-edge inspect describes this one)"
                 )
-        self.tensors = tuple(SourceTensor(info.name, info.shape[:3], info.type) for info in header.tensors)
-        self._offset_of = {info.name: info.offset for info in header.tensors}
+        self.tensors = tuple(SourceTensor(info.name, info.shape[:3], info.type) for info in infos)
+        self._place_of = {
+            i.name: (header.path, header.data_start + i.offset) for header in headers for i in header.tensors
+        }
+        """File of each tensor, and where its data begins in it."""
         self.warnings = tuple(_warnings(path, self.tensors))
 
     def read(self, tensor: SourceTensor, matrix: int = 0, rows: slice | None = None) -> Floats:
@@ -68,8 +69,9 @@ class GGUFSource:
         if step != 1:
             raise ValueError(f"{tensor.name}: rows must be contiguous, got a step of {step}")
         n_rows, row_bytes = max(stop - start, 0), tensor.type.nbytes(tensor.n_in)
-        first = self._data_start + self._offset_of[tensor.name] + (matrix * tensor.n_out + start) * row_bytes
-        return read_bytes(self.path, first, n_rows * row_bytes).reshape(n_rows, row_bytes)
+        path, data_start = self._place_of[tensor.name]
+        first = data_start + (matrix * tensor.n_out + start) * row_bytes
+        return read_bytes(path, first, n_rows * row_bytes).reshape(n_rows, row_bytes)
 
     def _decode(self, tensor: SourceTensor, matrix: int, raw: Bytes) -> Floats:
         return require_finite(_dequantize(tensor.type, raw, tensor.n_in), self.path, tensor, matrix)

@@ -179,6 +179,26 @@ def open_huggingface(directory: Path, converters: Converters, pre: str | None = 
     ``pre`` overrides the name of the pre-tokenizer. Raises :class:`SourceError` for an architecture that is
     not in ``converters``.
     """
+    name, converter = _chosen(directory, converters)
+    if converter is None:
+        raise SourceError(
+            f"{directory}: unknown architecture '{name}', known are: {_listed(converters)}; "
+            "convert it to a BF16 GGUF with llama.cpp and give that file instead"
+        )
+    return HuggingFaceSource(directory, converter, pre)
+
+
+def unknown_architecture(directory: Path, converters: Converters) -> str | None:
+    """The architecture of a Mixture-of-Experts checkpoint that is not in ``converters``, or None if it is.
+
+    Raises :class:`SourceError` for a dense model.
+    """
+    name, converter = _chosen(directory, converters)
+    return name if converter is None else None
+
+
+def _chosen(directory: Path, converters: Converters) -> tuple[str, Converter | None]:
+    """The architecture and its converter. Raises :class:`SourceError` where there are neither converter nor experts."""
     config = read_config(directory)
     name = architecture_name(converters, config)
     if name is None:
@@ -187,22 +207,21 @@ def open_huggingface(directory: Path, converters: Converters, pre: str | None = 
         converter = find_converter(converters, name, config)
     except SourceError as error:
         raise SourceError(f"{directory}: {error}") from None
-    if converter is not None:
-        return HuggingFaceSource(directory, converter, pre)
-    known = ", ".join(sorted(converters))
-    if not _mentions_experts(config):
+    if converter is None and not _mentions_experts(config):
         raise SourceError(
             f"{directory}: a dense model ({name}, no experts in {CONFIG}); mopeq-edge is for "
-            f"Mixture-of-Experts models (known: {known}), use llama.cpp's own tools for this one"
+            f"Mixture-of-Experts models (known: {_listed(converters)}), use llama.cpp's own tools for this one"
         )
-    raise SourceError(
-        f"{directory}: unknown architecture '{name}', known are: {known}; "
-        "convert it to a BF16 GGUF with llama.cpp and give that file instead"
-    )
+    return name, converter
+
+
+def _listed(converters: Converters) -> str:
+    return ", ".join(sorted(converters))
 
 
 def _mentions_experts(config: Mapping[str, Any]) -> bool:
+    """Whether a key about experts has a value: configurations of dense models of a family may say none, or 0."""
     return any(
-        "expert" in key or "moe" in key or (isinstance(value, Mapping) and _mentions_experts(value))
+        (value and ("expert" in key or "moe" in key)) or (isinstance(value, Mapping) and _mentions_experts(value))
         for key, value in config.items()
     )

@@ -15,9 +15,10 @@ import pytest
 from mopeq_edge.errors import MopeqError
 from mopeq_edge.evaluate import run
 from mopeq_edge.evaluate.reference import ReferenceLogits, write_reference
-from mopeq_edge.evaluate.run import evaluate, gguf_parts, gguf_sha256, make_reference
+from mopeq_edge.evaluate.run import evaluate, gguf_sha256, make_reference
 from mopeq_edge.gguf_file import read_header
 from mopeq_edge.progress import Step
+from mopeq_edge.split import gguf_parts
 
 N_CTX, N_CHUNKS = 64, 6
 

@@ -8,7 +8,7 @@ import pytest
 
 from mopeq_edge.errors import FormatError, SourceError
 from mopeq_edge.ggml.types import BF16, BY_NAME, F16, F32, GgmlType
-from mopeq_edge.gguf_file import KV, ValueType, read_header
+from mopeq_edge.gguf_file import read_header
 from mopeq_edge.gguf_layout import string, uint32
 from mopeq_edge.source.gguf import GGUFSource
 from mopeq_edge.source.huggingface import HuggingFaceSource
@@ -107,14 +107,6 @@ def test_wrong_places(tmp_path: Path) -> None:
         source.read(source.tensors[1], 2)
     with pytest.raises(ValueError, match="contiguous"):
         source.read(source.tensors[1], 0, slice(0, 1, 2))
-
-
-def test_split_files_are_refused(tmp_path: Path) -> None:
-    write_raw_gguf(tmp_path / "m.gguf", {**KVS, "split.count": KV(ValueType.UINT16, 3)}, [])
-    with pytest.raises(SourceError, match=r"one of 3 files of a split GGUF; join them with llama-gguf-split --merge"):
-        GGUFSource(tmp_path / "m.gguf")
-    write_raw_gguf(tmp_path / "m.gguf", {**KVS, "split.count": KV(ValueType.UINT16, 1)}, [])
-    assert dict(GGUFSource(tmp_path / "m.gguf").kvs) == KVS
 
 
 def test_no_model(tmp_path: Path) -> None:

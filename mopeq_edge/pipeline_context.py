@@ -1,0 +1,67 @@
+"""What every stage gets: an opened source and its work directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from converters import CONVERTERS
+from converters.by_script import checkpoint_files, converted_gguf
+from mopeq_edge.progress import Progress
+from mopeq_edge.source.digests import Digests
+from mopeq_edge.source.model import Source
+from mopeq_edge.source.open import open_source
+from mopeq_edge.workdir import WorkDirectory
+
+BeforeScript = Callable[[tuple[Path, ...]], None]
+"""Raises for what could not be done with the GGUF that llama.cpp's script would make; gets the checkpoint's files."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """One source with its work directory: what every stage needs."""
+
+    source: Source
+    source_sha256: str
+    work: WorkDirectory
+    threads: int
+    progress: Progress
+    checkpoint: tuple[Path, ...] = ()
+    """Files of the directory that the source, a GGUF in the work directory, was made of."""
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """Files that nothing may be written over."""
+        return (*self.source.files, *self.checkpoint)
+
+
+def open_context(
+    model: Path,
+    work: Path,
+    *,
+    pre: str | None,
+    threads: int,
+    progress: Progress,
+    before_script: BeforeScript | None = None,
+) -> Context:
+    """Open ``model`` and say what its user should know.
+
+    A directory that no converter of ours knows becomes a GGUF in ``work`` by llama.cpp's own script;
+    ``before_script`` is asked first, because that takes minutes.
+    """
+    directory = WorkDirectory(work)
+    digests = Digests(directory.file("hashes.json"))
+    checkpoint: tuple[Path, ...] = ()
+
+    def to_gguf(path: Path, architecture: str) -> Path:
+        nonlocal checkpoint
+        checkpoint = checkpoint_files(path)
+        if before_script is not None:
+            before_script(checkpoint)
+        return converted_gguf(path, architecture, directory, digests, pre=pre, progress=progress)
+
+    source = open_source(model, CONVERTERS, pre, to_gguf)
+    for warning in source.warnings:
+        progress.note(f"note: {warning}")
+    return Context(source, digests.of_source(source), directory, threads, progress, checkpoint)

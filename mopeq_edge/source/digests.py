@@ -1,0 +1,78 @@
+"""Digests of large files, remembered, so that gigabytes are hashed once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from mopeq_edge.artifacts import file_digest
+from mopeq_edge.atomic import atomic_write
+from mopeq_edge.errors import OutputError
+from mopeq_edge.source.model import Source
+
+CACHE_FORMAT = 1
+
+
+class Digests:
+    """SHA-256 in hex of files, remembered by path, size, time of change and inode in the JSON file ``cache``.
+
+    The file is made if absent, and ignored if it cannot be read.
+    """
+
+    def __init__(self, cache: Path | None = None) -> None:
+        self._cache = cache
+
+    def of(self, path: Path) -> str:
+        """Digest of the bytes of ``path``."""
+        return self._of_each([path])[0]
+
+    def of_files(self, root: Path, files: Iterable[Path]) -> str:
+        """One digest over names (relative to ``root``) and content of ``files``: of what ``sha256sum`` prints."""
+        paths = sorted(files)
+        whole = hashlib.sha256()
+        for path, found in zip(paths, self._of_each(paths), strict=True):
+            whole.update(f"{found}  {path.relative_to(root).as_posix()}\n".encode())
+        return whole.hexdigest()
+
+    def of_source(self, source: Source) -> str:
+        """One digest over all files of ``source``: names it by its content."""
+        return self.of_files(source.path if source.path.is_dir() else source.path.parent, source.files)
+
+    def _of_each(self, paths: list[Path]) -> list[str]:
+        known = _load_cache(self._cache)
+        fresh = dict(known)
+        for path in paths:
+            key, stamp = str(path.resolve()), _stamp(path)
+            if known.get(key, ("", ""))[0] != stamp:
+                fresh[key] = (stamp, file_digest(path))
+        if self._cache is not None and fresh != known:
+            text = json.dumps({"format": CACHE_FORMAT, "files": fresh}, indent=1, sort_keys=True)
+            # The digest is right without a cache; a place that cannot be written only costs time
+            with suppress(OutputError), atomic_write(self._cache) as file:
+                file.write(text.encode())
+        return [fresh[str(path.resolve())][1] for path in paths]
+
+
+def _stamp(path: Path) -> str:
+    """Changes when the content of ``path`` does, as far as the file system can tell."""
+    found = path.stat()
+    return f"{found.st_size} {found.st_mtime_ns} {found.st_ino}"
+
+
+def _load_cache(cache: Path | None) -> dict[str, tuple[str, str]]:
+    """(stamp, digest) by path."""
+    try:
+        found = json.loads(cache.read_text(encoding="utf-8")) if cache is not None else {}
+    except (OSError, ValueError):
+        return {}
+    files = found.get("files") if isinstance(found, dict) and found.get("format") == CACHE_FORMAT else None
+    if not isinstance(files, dict):
+        return {}
+    return {
+        path: (item[0], item[1])
+        for path, item in files.items()
+        if isinstance(item, list) and len(item) == 2 and all(isinstance(part, str) for part in item)
+    }
