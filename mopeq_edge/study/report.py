@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from mopeq_edge.plan.artifact import KNAPSACK
-from mopeq_edge.sensitivity.scores import WEIGHT_MSE
+from mopeq_edge.sensitivity.scores import IN_NATS, WEIGHT_MSE, Doubles
 from mopeq_edge.study.bootstrap import Estimate, mean_estimate, rank_estimate
 from mopeq_edge.study.cases import PLAN, Case
 from mopeq_edge.study.controls import RANDOM
+from mopeq_edge.study.fit import FEWEST_MAPS, left_out
 from mopeq_edge.study.ground_truth import Correlation
 from mopeq_edge.study.rows import Row
-from mopeq_edge.study.run import predicted_totals
+from mopeq_edge.study.run import layer_damages, predicted_totals
 from mopeq_edge.study.setup import Setup
 
 FEWEST = 5
@@ -61,7 +62,7 @@ def predictors(setup: Setup, cases: Sequence[Case], rows: Sequence[Row]) -> list
             continue
         sets.setdefault(f"all plans, {case.budget_bytes} bytes", []).append(index)
         if case.planner.startswith(RANDOM):
-            sets.setdefault(f"random maps, {case.layout}, {case.budget_bytes} bytes", []).append(index)
+            sets.setdefault(f"{RANDOM} maps, {case.layout}, {case.budget_bytes} bytes", []).append(index)
     found: list[Correlation] = []
     for scope, members in sets.items():
         if len(members) < FEWEST:
@@ -70,7 +71,19 @@ def predictors(setup: Setup, cases: Sequence[Case], rows: Sequence[Row]) -> list
         own = []
         for score, values in predicted_totals(setup, [cases[i] for i in members]).items():
             own.append(Correlation(score, scope, len(members), rank_estimate(values, by_window)))
+        if scope.startswith(RANDOM) and len(members) >= FEWEST_MAPS:
+            own += _fitted(setup, [cases[i] for i in members], by_window, scope)
         found += sorted(own, key=lambda one: -one.rho.value if math.isfinite(one.rho.value) else 2)
+    return found
+
+
+def _fitted(setup: Setup, cases: Sequence[Case], by_window: Doubles, scope: str) -> list[Correlation]:
+    """Of the scores in nats with a factor for each layer, each map predicted by factors fitted to the others."""
+    measured, found = by_window.mean(axis=1), []
+    for score in sorted(IN_NATS.intersection(setup.table.scores)):
+        damage = np.array([layer_damages(setup, case, score) for case in cases])
+        rho = rank_estimate(left_out(damage, measured), by_window)
+        found.append(Correlation(f"{score}, fitted by layer", scope, len(cases), rho))
     return found
 
 

@@ -116,6 +116,14 @@ def predicted_totals(setup: Setup, cases: Sequence[Case]) -> dict[str, Doubles]:
     }
 
 
+def layer_damages(setup: Setup, case: Case, score: str) -> Doubles:
+    """Damage of the experts of each layer that has some [n_layers] by ``score``; ``case`` has a plan."""
+    assert case.plan is not None
+    found = predicted(setup.stacks, case.plan.type_of(), setup.table, score)
+    layers = sorted({stack.layer for stack in setup.stacks if stack.layer is not None})
+    return np.array([sum(found[s.name] for s in setup.stacks if s.layer == layer) for layer in layers])
+
+
 def _expert_bpw(path: Path) -> float:
     own = [tensor for tensor in read_header(path).tensors if _EXPERT_WEIGHTS.match(tensor.name)]
     return 8 * sum(tensor.nbytes for tensor in own) / sum(math.prod(tensor.shape) for tensor in own)
