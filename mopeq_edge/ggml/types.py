@@ -84,6 +84,7 @@ F32 = BY_NAME["F32"]
 F16 = BY_NAME["F16"]
 BF16 = BY_NAME["BF16"]
 I32 = BY_NAME["I32"]
+MXFP4 = BY_NAME["MXFP4"]
 
 QUANTIZABLE: tuple[str, ...] = (
     *("F16", "BF16"),
