@@ -24,9 +24,9 @@ class Part:
 
     ``expert`` picks along the first axis of a packed tensor [n_expert, …]; ``transposed`` says that what is left is
     stored as [n_in, n_out] and makes it [n_out, n_in]; ``rows`` then picks along its first axis (the gate half of a
-    packed gate_up), ``columns`` along its last one (the rows of one head in a transposed tensor); ``every`` takes every so
-    many-th of these rows, or of the columns if there are no rows. ``heads`` is set for a q or k whose rows llama.cpp's rope wants in another order: of each of
-    so many heads, row i of the first half and row i of the second half in turn.
+    packed gate_up), ``columns`` along its last one (a head's rows in a transposed tensor); ``every`` takes every so
+    many-th of these rows, or of the columns if there are no rows. ``heads`` is set for a q or k whose rows llama.cpp's
+    rope wants in another order: of each of so many heads, row i of the first half and row i of the second half in turn.
     """
 
     tensor: str

@@ -30,15 +30,22 @@ def add_tokenizer(directory: Path) -> Path:
     return directory
 
 
-def save(model: Any, directory: Path, dtype: str, as_in_memory: bool = False) -> Path:
+def save(
+    model: Any, directory: Path, dtype: str, as_in_memory: bool = False, louder: Mapping[str, float] | None = None
+) -> Path:
     """Spread the weights of ``model`` and save it as transformers does, with the bundled tokenizer.
 
-    ``as_in_memory`` keeps the experts of a layer in two tensors.
+    ``as_in_memory`` keeps the experts of a layer in two tensors; ``louder`` multiplies parameters by the end of their
+    names.
     """
     import torch
     from safetensors.torch import save_file
 
     spread(model)
+    for end, factor in (louder or {}).items():
+        for name, value in model.named_parameters():
+            if name.endswith(end):
+                value.data *= factor
     model.to(getattr(torch, dtype)).save_pretrained(directory)
     if as_in_memory:
         names = {name for name, _ in model.named_parameters()}
@@ -114,6 +121,31 @@ def build_packed_qwen3_moe(directory: Path, dtype: str) -> Path:
     return build_qwen3_moe(directory, dtype, packed=True, tie_word_embeddings=True)
 
 
+def build_fp8_qwen3_moe(directory: Path, dtype: str = "bfloat16") -> Path:
+    """Matrices of the blocks in FP8 with a scale for 128 x 128 weights, as released: whole blocks and partial ones."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    build_qwen3_moe(directory, dtype, hidden_size=160, moe_intermediate_size=96, head_dim=64)
+    files = load_file(directory / "model.safetensors")
+    for name in [name for name in files if name.endswith("_proj.weight")]:
+        weight = files[name].float()
+        blocks = torch.nn.functional.pad(weight, (0, -weight.shape[1] % 128, 0, -weight.shape[0] % 128))
+        blocks = blocks.unflatten(1, (-1, 128)).unflatten(0, (-1, 128))
+        scales = blocks.abs().amax(dim=(1, 3)) / 448
+        every = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)[: weight.shape[0], : weight.shape[1]]
+        files[name] = (weight / every).to(torch.float8_e4m3fn)
+        files[f"{name}_scale_inv"] = scales
+    save_file(files, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {
+        **{"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+        "modules_to_not_convert": ["lm_head"],
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
 def build_qwen3_vl_moe(directory: Path, dtype: str) -> Path:
     """A vision model beside it, experts stored as released: [n_in, n_out], neither square nor of the other's shape."""
     import torch
@@ -143,6 +175,44 @@ def build_qwen3_vl_moe(directory: Path, dtype: str) -> Path:
             tensors[key] = (value if value.shape == expected else value.transpose(1, 2)).contiguous()
             assert tensors[key].shape == torch.Size(expected)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def build_gpt_oss(directory: Path, dtype: str) -> Path:
+    """Sinks, biases, windows shorter than the text, gates beyond the limit of the activation, yarn whose ramp has ends
+    that are whole dimensions, as llama.cpp rounds them.
+    """
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    yarn = {"rope_type": "yarn", "rope_theta": 1.5e5, "factor": 4.0, "original_max_position_embeddings": 64}
+    config = GptOssConfig(
+        **{"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "head_dim": 32},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 3},
+        **{"sliding_window": 8, "max_position_embeddings": 256, "rope_parameters": {**yarn, "truncate": True}},
+        **{"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0},
+    )
+    louder = {"sinks": 12.0, "router.bias": 4.0, "experts.gate_up_proj": 6.0, "_bias": 6.0}
+    return save(GptOssForCausalLM(config), directory, dtype, louder=louder)
+
+
+def build_mxfp4_gpt_oss(directory: Path, dtype: str) -> Path:
+    """The same with the experts as released: random codes, and scales that make gates of both sides of the limit."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    build_gpt_oss(directory, dtype)
+    generator = torch.Generator().manual_seed(1)
+    files = load_file(directory / "model.safetensors")
+    for name in [name for name in files if name.endswith(("gate_up_proj", "down_proj"))]:
+        n_expert, n_in, n_out = files.pop(name).shape
+        shape = (n_expert, n_out, n_in // 32)
+        files[f"{name}_blocks"] = torch.randint(256, (*shape, 16), generator=generator, dtype=torch.uint8)
+        files[f"{name}_scales"] = torch.randint(120, 126, shape, generator=generator, dtype=torch.uint8)
+    save_file(files, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    plain = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": plain}
+    (directory / "config.json").write_text(json.dumps(config))
     return directory
 
 
@@ -294,6 +364,25 @@ def qwen3_vl_moe_model(directory: Path) -> Any:
     ).eval()
 
 
+def mxfp4_gpt_oss_model(directory: Path) -> Any:
+    """transformers' model without kernels, its experts filled from the files by transformers' own conversion."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import GptOssConfig, GptOssForCausalLM
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    config = GptOssConfig.from_pretrained(directory)
+    del config.quantization_config
+    config._experts_implementation = "eager"
+    model = GptOssForCausalLM(config)
+    files = load_file(directory / "model.safetensors")
+    for name in [name.removesuffix("_blocks") for name in files if name.endswith("_blocks")]:
+        blocks, scales = files.pop(f"{name}_blocks"), files.pop(f"{name}_scales")
+        files[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    model.load_state_dict({name: value.float() for name, value in files.items()})
+    return model.eval()
+
+
 def deepseek_ocr_model(directory: Path) -> Any:
     """The decoder inside DeepSeek-OCR-2, its packed experts filled from the files."""
     import torch
@@ -345,6 +434,8 @@ FAMILIES: Mapping[str, tuple[Callable[[Path, str], Path], Callable[[Path], Any]]
     "qwen3-moe": (build_qwen3_moe, causal_model),
     "qwen3-moe-packed-tied": (build_packed_qwen3_moe, causal_model),
     "qwen3-vl-moe": (build_qwen3_vl_moe, qwen3_vl_moe_model),
+    "gpt-oss": (build_gpt_oss, causal_model),
+    "gpt-oss-mxfp4": (build_mxfp4_gpt_oss, mxfp4_gpt_oss_model),
     "deepseek-ocr": (build_deepseek_ocr, deepseek_ocr_model),
     "deepseek-v2": (build_deepseek_v2, causal_model),
     "deepseek-v2-lite": (build_deepseek_v2_lite, causal_model),
