@@ -18,7 +18,7 @@ from mopeq_edge.progress import SilentProgress
 from mopeq_edge.source.huggingface import HuggingFaceSource
 from mopeq_edge.source.open import open_source
 
-from ..converters.families import build_fp8_qwen3_moe, build_gpt_oss, build_mxfp4_gpt_oss
+from ..converters.families import build_fp8_deepseek_v3, build_fp8_qwen3_moe, build_gpt_oss, build_mxfp4_gpt_oss
 
 
 def opened(directory: Path) -> HuggingFaceSource:
@@ -44,7 +44,7 @@ def in_float32(source: HuggingFaceSource, directory: Path) -> HuggingFaceSource:
     return opened(directory)
 
 
-@pytest.mark.parametrize("build", [build_fp8_qwen3_moe, build_mxfp4_gpt_oss])
+@pytest.mark.parametrize("build", [build_fp8_qwen3_moe, build_fp8_deepseek_v3, build_mxfp4_gpt_oss])
 def test_the_same_statistics(build: Any, tmp_path: Path) -> None:
     quantized = opened(build(tmp_path / "quantized", "bfloat16"))
     windows = np.random.default_rng(0).integers(0, 4096, (2, 16)).astype(np.int32)

@@ -23,7 +23,14 @@ from mopeq_edge.runtime.locate import require_runtime
 from mopeq_edge.source.open import open_source
 
 from ..builders import build_olmoe, edit_json, write_gguf, write_quantized_gguf
-from .families import FAMILIES, build_fp8_qwen3_moe, build_mixtral, build_mxfp4_gpt_oss, logits
+from .families import (
+    FAMILIES,
+    build_fp8_deepseek_v3,
+    build_fp8_qwen3_moe,
+    build_mixtral,
+    build_mxfp4_gpt_oss,
+    logits,
+)
 from .vision_language import VISION_LANGUAGE
 
 pytestmark = pytest.mark.runtime
@@ -105,7 +112,8 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     # llama.cpp's converter has a rule for vocabularies of this size
     "granite-vocabulary": (partial(build_mixtral, dtype="bfloat16", vocab_size=49152), "bf16"),
     "gpt-oss-released": (released_gpt_oss, "bf16"),
-    "fp8": (build_fp8_qwen3_moe, "bf16"),
+    "qwen3-moe-fp8": (build_fp8_qwen3_moe, "bf16"),
+    "deepseek-v3-fp8": (build_fp8_deepseek_v3, "bf16"),
     **{name: (partial(build, dtype="bfloat16"), "bf16") for name, (build, _) in FAMILIES.items()},
 }
 
