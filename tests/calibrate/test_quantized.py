@@ -18,7 +18,8 @@ from mopeq_edge.progress import SilentProgress
 from mopeq_edge.source.huggingface import HuggingFaceSource
 from mopeq_edge.source.open import open_source
 
-from ..converters.families import build_fp8_deepseek_v3, build_fp8_qwen3_moe, build_gpt_oss, build_mxfp4_gpt_oss
+from ..converters.families import build_gpt_oss, build_mxfp4_gpt_oss
+from ..converters.fp8 import build_fp8_deepseek_v3, build_fp8_qwen3_moe
 
 
 def opened(directory: Path) -> HuggingFaceSource:

@@ -121,11 +121,6 @@ def build_packed_qwen3_moe(directory: Path, dtype: str) -> Path:
     return build_qwen3_moe(directory, dtype, packed=True, tie_word_embeddings=True)
 
 
-def build_fp8_qwen3_moe(directory: Path, dtype: str = "bfloat16") -> Path:
-    """Matrices with whole blocks and partial ones."""
-    return in_fp8(build_qwen3_moe(directory, dtype, hidden_size=160, moe_intermediate_size=96, head_dim=64))
-
-
 def build_qwen3_vl_moe(directory: Path, dtype: str) -> Path:
     """A vision model beside it, experts stored as released: [n_in, n_out], neither square nor of the other's shape."""
     import torch
@@ -323,37 +318,6 @@ def build_hunyuan_moe(directory: Path, dtype: str) -> Path:
     save(HunYuanMoEV1ForCausalLM(config), directory, dtype)
     # as in the released file: by layer
     edit_json(directory / "config.json", moe_intermediate_size=[32], moe_topk=[1], num_shared_expert=[1])
-    return directory
-
-
-def build_fp8_deepseek_v3(directory: Path, dtype: str = "bfloat16") -> Path:
-    """A block may end within a head's rows of the latent attention, which become matrices of their own."""
-    return in_fp8(build_deepseek_v3(directory, dtype, num_attention_heads=8, num_key_value_heads=8))
-
-
-def in_fp8(directory: Path) -> Path:
-    """The blocks' matrices in FP8 with a scale for 128 x 128 weights, as released; all else stays as it is."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    files = load_file(directory / "model.safetensors")
-    own = [name for name in files if ".layers." in name and "_proj" in name and files[name].dim() == 2]
-    for name in own:
-        weight = files[name].float()
-        blocks = torch.nn.functional.pad(weight, (0, -weight.shape[1] % 128, 0, -weight.shape[0] % 128))
-        blocks = blocks.unflatten(1, (-1, 128)).unflatten(0, (-1, 128))
-        scales = blocks.abs().amax(dim=(1, 3)).clamp(min=1e-6) / 448
-        every = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)[: weight.shape[0], : weight.shape[1]]
-        files[name] = (weight / every).to(torch.float8_e4m3fn)
-        files[f"{name}_scale_inv"] = scales
-    assert any(max(files[f"{name}_scale_inv"].shape) > 1 for name in own)
-    save_file(files, directory / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"] = {
-        **{"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
-        "modules_to_not_convert": ["lm_head"],
-    }
-    (directory / "config.json").write_text(json.dumps(config))
     return directory
 
 

@@ -23,14 +23,8 @@ from mopeq_edge.runtime.locate import require_runtime
 from mopeq_edge.source.open import open_source
 
 from ..builders import build_olmoe, edit_json, write_gguf, write_quantized_gguf
-from .families import (
-    FAMILIES,
-    build_fp8_deepseek_v3,
-    build_fp8_qwen3_moe,
-    build_mixtral,
-    build_mxfp4_gpt_oss,
-    logits,
-)
+from .families import FAMILIES, build_mixtral, build_mxfp4_gpt_oss, logits
+from .fp8 import build_fp8_deepseek_v3, build_fp8_qwen3_moe
 from .vision_language import VISION_LANGUAGE
 
 pytestmark = pytest.mark.runtime
