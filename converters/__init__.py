@@ -6,6 +6,7 @@ One module a family; this table is the only place that knows them all.
 from converters.deepseek_ocr import DEEPSEEK_OCR
 from converters.deepseek_v2 import DEEPSEEK_V2, DEEPSEEK_V3
 from converters.deepseek_vl2 import choose as choose_deepseek_vl2
+from converters.gpt_oss import GPT_OSS
 from converters.granite_moe import GRANITE_MOE
 from converters.mixtral import MIXTRAL
 from converters.molmoe import choose as choose_molmoe
@@ -22,6 +23,7 @@ CONVERTERS: Converters = {
     "DeepseekV3ForCausalLM": DEEPSEEK_V3,
     "DeepseekVLV2ForCausalLM": choose_deepseek_vl2,
     "deepseek_vl_v2": choose_deepseek_vl2,
+    "GptOssForCausalLM": GPT_OSS,
     "GraniteMoeForCausalLM": GRANITE_MOE,
     "MixtralForCausalLM": MIXTRAL,
     "OLMoForCausalLM": choose_molmoe,

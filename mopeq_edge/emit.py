@@ -18,12 +18,12 @@ from mopeq_edge.errors import FormatError, PlanError
 from mopeq_edge.expert_groups.layout import Grouping, Types, expert_map, file_layout, file_specs
 from mopeq_edge.expert_groups.read import read_groups
 from mopeq_edge.ggml.library import Bytes, Floats, Quantizer
-from mopeq_edge.ggml.types import NEEDS_IMATRIX, GgmlType
+from mopeq_edge.ggml.types import F16_MAX, NEEDS_IMATRIX, WIDE, GgmlType
 from mopeq_edge.gguf_file import KV, read_header
 from mopeq_edge.gguf_layout import Layout
 from mopeq_edge.imatrix import Imatrix
 from mopeq_edge.progress import Progress, Step
-from mopeq_edge.source.model import Source, SourceTensor
+from mopeq_edge.source.model import Source, SourceTensor, magnitude
 from mopeq_edge.split import part_paths, split_layouts
 
 WEIGHTS_AT_ONCE = 2**20
@@ -202,7 +202,15 @@ def _quantized(
         if kind is tensor.type:
             return np.ascontiguousarray(source.read_stored(tensor, matrix, rows))
         own: Floats | None = None if weights is None else weights[matrix]
-        return ggml.quantize(kind, source.read(tensor, matrix, rows).reshape(-1, tensor.n_in), own)
+        values = source.read(tensor, matrix, rows).reshape(-1, tensor.n_in)
+        largest = magnitude(values)
+        if not kind.holds(largest):
+            raise PlanError(
+                f"tensor '{tensor.name}', matrix {matrix}: type {kind.name} is for weights up to {F16_MAX:g}, found "
+                f"one of magnitude {largest:g}; make the plan again from a sensitivity table of these weights, which "
+                f"keeps such a tensor in {tensor.type.name}, or choose {' or '.join(sorted(WIDE))}"
+            )
+        return ggml.quantize(kind, values, own)
 
     waiting: deque[Future[Bytes]] = deque()
     at_once = max(1, WEIGHTS_AT_ONCE // tensor.n_in)

@@ -104,6 +104,27 @@ def test_a_read_that_fails(tmp_path: Path, imatrix: Imatrix, broken: tuple[str, 
 
 
 @pytest.mark.runtime
+@pytest.mark.parametrize("kind", ["Q5_0", "IQ4_NL", "F16", "MXFP4"])
+def test_a_weight_beyond_the_type(tmp_path: Path, kind: str) -> None:
+    """A plan of other weights: refused before libggml makes an infinity of it, or ends the process."""
+    source = ArraySource()
+    values = source.values["blk.0.ffn_up_exps.weight"].view(np.float32)
+    values[6, 2, 5] = -1e30
+    types = {**TYPES, "blk.0.ffn_up_exps.weight": BY_NAME[kind]}
+    out = tmp_path / "out.gguf"
+    with pytest.raises(PlanError) as caught:
+        emit(source, types, KVS, None, load_ggml(), out, threads=2, progress=SilentProgress())
+    assert str(caught.value) == (
+        f"tensor 'blk.0.ffn_up_exps.weight', matrix 6: type {kind} is for weights up to 65504, found one of magnitude "
+        "1e+30; make the plan again from a sensitivity table of these weights, which keeps such a tensor in BF16, "
+        "or choose BF16 or F32"
+    )
+    assert list(tmp_path.iterdir()) == []
+    types = {**TYPES, "blk.0.ffn_up_exps.weight": F32}
+    emit(source, types, KVS, None, load_ggml(), out, threads=2, progress=SilentProgress())
+
+
+@pytest.mark.runtime
 def test_an_imatrix_of_another_model(tmp_path: Path, imatrix: Imatrix) -> None:
     entries = {**imatrix.entries, "blk.0.ffn_up_exps.weight": imatrix.entries["blk.0.attn_q.weight"]}
     other = Imatrix(entries, ("text",), 1, 4)

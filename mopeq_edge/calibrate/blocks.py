@@ -15,14 +15,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from mopeq_edge.calibrate.experts import ExpertWeights, RoutedExperts, Tap
+from mopeq_edge.calibrate.experts import ExpertWeights, RoutedExperts, Tap, gated_by
 from mopeq_edge.calibrate.latent import ATTENTION, LatentWatch
 from mopeq_edge.errors import CalibrationError
-from mopeq_edge.ggml.types import BF16, F16, GgmlType
+from mopeq_edge.ggml.types import BF16, F16, MXFP4, GgmlType
+from mopeq_edge.source.converter import Part
 from mopeq_edge.source.huggingface import HuggingFaceSource
 from mopeq_edge.source.model import read_rows
 
-_STORED: Mapping[GgmlType, torch.dtype] = {BF16: torch.bfloat16, F16: torch.float16}
+_STORED: Mapping[GgmlType, torch.dtype] = {BF16: torch.bfloat16, F16: torch.float16, MXFP4: torch.bfloat16}
+"""torch types that hold every number of a type."""
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 Change = Callable[[str, Tensor], None]
 """Changes a stack of experts [n_expert, n_out, n_in], given its GGUF name, in place."""
@@ -35,6 +39,7 @@ class BlockModel:
         self.source = source
         self.tap = Tap()
         config, base = _build(source)
+        self._config = config
         self._prefix = source.skeleton.prefix
         self._layers: nn.ModuleList = base.layers
         self._norm: nn.Module = base.norm
@@ -53,7 +58,7 @@ class BlockModel:
         self._gguf_name = {
             (recipe.parts[0].tensor, recipe.parts[0].rows): name
             for name, recipe in source.hf_tensor_of.items()
-            if len(recipe.parts) == 1 and recipe.parts[0].expert is None
+            if len(recipe.parts) == 1 and _is_stored(recipe.parts[0])
         }
 
     def embed(self, tokens: npt.NDArray[np.int32]) -> Tensor:
@@ -72,11 +77,29 @@ class BlockModel:
         """The output matrix [n_vocab, n_embd]."""
         return torch.from_numpy(self.source.read(self._by_name[self.output_name]))
 
-    def positions(self, n_ctx: int) -> dict[str, Any]:
-        """Rotary embeddings and position ids of a window, as the blocks take them."""
+    def positions(self, n_ctx: int, layer: int) -> dict[str, Any]:
+        """Rotary embeddings, position ids and attention mask of a window, as block ``layer`` takes them."""
         ids = torch.arange(n_ctx).unsqueeze(0)
         probe = torch.zeros(1, n_ctx, self.n_embd)
-        return {"position_ids": ids, "position_embeddings": self._rotary(probe, ids)}
+        mask = self._mask(n_ctx, layer)
+        masked = {} if mask is None else {"attention_mask": mask}
+        return {"position_ids": ids, "position_embeddings": self._rotary(probe, ids), **masked}
+
+    def _mask(self, n_ctx: int, layer: int) -> Tensor | None:
+        """What is added to the scores of a window [1, 1, n_ctx, n_ctx]; None where attention is causal by itself."""
+        kind = (getattr(self._config, "layer_types", None) or [_FULL] * self.n_layer)[layer]
+        if kind not in (_FULL, _SLIDING):
+            raise CalibrationError(
+                f"{self.source.path}: block {layer} has {kind}, expected {_FULL} or {_SLIDING}; "
+                "give an imatrix made by llama-imatrix with --imatrix"
+            )
+        if kind == _FULL and self._config._attn_implementation != "eager":
+            return None
+        allowed = torch.ones(n_ctx, n_ctx, dtype=torch.bool).tril()
+        if kind == _SLIDING:
+            # a token sees itself and the window's others before it
+            allowed = allowed.triu(1 - int(self._config.sliding_window))
+        return torch.zeros(n_ctx, n_ctx).masked_fill_(~allowed, torch.finfo(torch.float32).min)[None, None]
 
     @contextmanager
     def block(self, layer: int, change: Change | None = None) -> Iterator[nn.Module]:
@@ -90,7 +113,8 @@ class BlockModel:
         # a dense layer has none
         original = getattr(ffn, attribute, None)
         if original is not None:
-            setattr(ffn, attribute, RoutedExperts(self._experts(layer, change), original.act_fn, self.tap))
+            gated = self.source.skeleton.gated or gated_by(original.act_fn)
+            setattr(ffn, attribute, RoutedExperts(self._experts(layer, change), gated, self.tap))
         hooks = []
         detach = self._watch_latent(block, layer)
         try:
@@ -146,18 +170,22 @@ class BlockModel:
         return torch.from_numpy(checkpoint.read_f32(name) if rows is None else checkpoint.read_rows(name, *rows))
 
     def _experts(self, layer: int, change: Change | None) -> ExpertWeights:
-        stacks = {}
+        stacks, biases = {}, {}
         for projection in ("gate", "up", "down"):
             tensor = self._by_name[f"blk.{layer}.ffn_{projection}_exps.weight"]
             # the checkpoint's type holds the same numbers in half the memory; what is changed needs more digits
-            dtype = _STORED.get(tensor.type, torch.float32) if change is None else torch.float32
+            same = change is None and self.source.is_exact(tensor)
+            dtype = _STORED.get(tensor.type, torch.float32) if same else torch.float32
             stack = torch.empty(tensor.n_matrices, tensor.n_out, tensor.n_in, dtype=dtype)
             for expert in range(tensor.n_matrices):
                 stack[expert] = torch.from_numpy(self.source.read(tensor, expert))
             if change is not None:
                 change(tensor.name, stack)
             stacks[projection] = stack
-        return ExpertWeights(layer, **stacks)
+            bias = self._by_name.get(f"blk.{layer}.ffn_{projection}_exps.bias")
+            if bias is not None:
+                biases[projection] = torch.from_numpy(self.source.read(bias))
+        return ExpertWeights(layer, **stacks, biases=biases)
 
     def _watch_latent(self, block: nn.Module, layer: int) -> Callable[[], None]:
         """Watch the latent attention of a block, if it is one, until the returned function is called."""
@@ -192,6 +220,8 @@ def _build(source: HuggingFaceSource) -> tuple[Any, Any]:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+        # the weights are ours to read, whatever they are stored in
+        config.quantization_config = None
         config._attn_implementation = _attention(source)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         return config, getattr(model, model.base_model_prefix)
@@ -199,4 +229,9 @@ def _build(source: HuggingFaceSource) -> tuple[Any, Any]:
 
 def _attention(source: HuggingFaceSource) -> str:
     """Name of transformers' attention function: our own where attention is latent and is watched."""
-    return "sdpa" if source.skeleton.latent is None else ATTENTION
+    return source.skeleton.attention if source.skeleton.latent is None else ATTENTION
+
+
+def _is_stored(part: Part) -> bool:
+    """Whether the checkpoint has the matrix in one piece, as a module's weight has it."""
+    return part == Part(part.tensor, rows=part.rows, heads=part.heads)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mopeq_edge.calibrate.blocks import BlockModel
 from mopeq_edge.calibrate.directions import Chooser, Direction, HeldRouting, Slopes
-from mopeq_edge.calibrate.passes import Windows, backward_window, each_window, forward_window, token_parts
+from mopeq_edge.calibrate.passes import Positions, Windows, backward_window, each_window, forward_window, token_parts
 from mopeq_edge.calibrate.states import HiddenStates
 from mopeq_edge.calibrate.statistics import Doubles
 from mopeq_edge.progress import Step
@@ -63,20 +63,20 @@ class Choices:
 
 def record_choices(run: Run) -> Choices:
     """One forward pass; leaves the embeddings in slot 0 of the states."""
-    positions = run.model.positions(run.windows.shape[1])
     index: dict[tuple[int, int], Tensor] = {}
     counts: dict[int, Doubles] = {}
     for window in range(run.n_windows):
         run.states.put(0, window, run.model.embed(run.windows[window]))
     for layer in range(run.top):
+        positions = run.model.positions(run.windows.shape[1], layer)
 
-        def note(block: nn.Module, layer: int, window: int) -> Chooser:
+        def note(block: nn.Module, positions: Positions, layer: int, window: int) -> Chooser:
             chooser = Chooser()
             forward_window(run.model, block, positions, run.states, (layer, layer + 1), window, chooser)
             return chooser
 
         with run.model.block(layer) as block:
-            work = partial(note, block, layer)
+            work = partial(note, block, positions, layer)
             for window, chooser in enumerate(each_window(work, run.n_windows, run.threads, run.step)):
                 if chooser.index is not None:  # a dense layer has no router
                     index[layer, window] = chooser.index
@@ -99,7 +99,6 @@ def curvature(run: Run, choices: Choices, *, seed: int, probe: int) -> dict[str,
 def _slopes(run: Run, choices: Choices, direction: Direction) -> dict[str, Doubles]:
     """v_e . dL/dW_e [n_expert] by stack, at the weights moved by ``direction``."""
     n_ctx = run.windows.shape[1]
-    positions = run.model.positions(n_ctx)
     found: dict[str, Doubles] = {}
 
     def one(
@@ -107,6 +106,7 @@ def _slopes(run: Run, choices: Choices, direction: Direction) -> dict[str, Doubl
     ) -> Slopes:
         held = choices.index.get((layer, window), torch.empty(n_ctx, 0)).long()
         slopes = Slopes(held, direction.open)
+        positions = run.model.positions(n_ctx, layer)
         with HeldRouting(held, len(choices.counts.get(layer, ()))):
             pass_over(run.model, block, positions, run.states, slots, window, slopes)
         return slopes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -95,23 +95,31 @@ class ExpertWeights:
     """One layer's experts: gate, up [n_expert, n_ff, n_embd], down [n_expert, n_embd, n_ff].
 
     In float32, or in the checkpoint's smaller type: then each expert becomes float32 only while it computes.
+    ``biases`` are the projections' [n_expert, n_out], where they have any.
     """
 
     layer: int
     gate: Tensor
     up: Tensor
     down: Tensor
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def gated_by(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """``activation(gate) * up``, what most families compute."""
+    return lambda gate, up: activation(gate) * up
 
 
 class RoutedExperts(nn.Module):
     """Stands in for transformers' packed experts: same call, one expert after the other, recorded.
 
-    ``forward(hidden_states [n_tokens, n_embd], top_k_index, top_k_weights [n_tokens, k])``.
+    ``forward(hidden_states [n_tokens, n_embd], top_k_index, top_k_weights [n_tokens, k])``; ``gated(gate, up)`` is
+    what goes into down.
     """
 
-    def __init__(self, weights: ExpertWeights, activation: Callable[[Tensor], Tensor], tap: Tap) -> None:
+    def __init__(self, weights: ExpertWeights, gated: Callable[[Tensor, Tensor], Tensor], tap: Tap) -> None:
         super().__init__()
-        self.weights, self.activation, self.tap = weights, activation, tap
+        self.weights, self.gated, self.tap = weights, gated, tap
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         w, recorder = self.weights, self.tap.recorder
@@ -126,15 +134,20 @@ class RoutedExperts(nn.Module):
             x = hidden_states[token]
             gate = _linear(x, w.gate[expert])
             up = _linear(x, w.up[expert])
-            inner = self.activation(gate) * up
+            inner = self.gated(self._biased("gate", gate, expert), self._biased("up", up, expert))
             down = _linear(inner, w.down[expert])
             if recorder is not None:
                 for projection, into, out in (("gate", x, gate), ("up", x, up), ("down", inner, down)):
                     name = f"blk.{w.layer}.ffn_{projection}_exps.weight"
                     recorder.saw_input(name, into, expert, n_expert)
                     recorder.watch_output(name, into, out, expert, n_expert)
-            output = output.index_add(0, token, down * top_k_weights[token, slot, None])
+            weighted = self._biased("down", down, expert) * top_k_weights[token, slot, None]
+            output = output.index_add(0, token, weighted)
         return output
+
+    def _biased(self, projection: str, product: Tensor, expert: int) -> Tensor:
+        bias = self.weights.biases.get(projection)
+        return product if bias is None else product + bias[expert].to(product.dtype)
 
 
 class _Linear(torch.autograd.Function):

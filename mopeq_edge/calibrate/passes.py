@@ -71,10 +71,10 @@ def forward(
     gate_weights: dict[int, Doubles] = {}
     for window in range(n_windows):
         states.put(0, window, model.embed(windows[window]))
-    positions = model.positions(n_ctx)
     with progress.step("calibrate: forward", model.n_layer * n_windows) as step:
         for layer in range(model.n_layer):
             slots = (layer, layer + 1) if keep else (0, 0)
+            positions = model.positions(n_ctx, layer)
             with model.block(layer) as block:
                 run = partial(_forward_window, model, block, positions, states, slots)
                 for recorder in each_window(run, n_windows, threads, step):
@@ -138,10 +138,10 @@ def backward(
     """
     n_windows, n_ctx = windows.shape
     sums = Sums()
-    positions = model.positions(n_ctx)
     top = model.n_layer
     with progress.step("calibrate: backward", model.n_layer * n_windows) as step:
         for layer in reversed(range(model.n_layer)):
+            positions = model.positions(n_ctx, layer)
             with model.block(layer) as block:
                 run = partial(_backward_window, model, block, positions, states, (layer, top))
                 for recorder in each_window(run, n_windows, threads, step):

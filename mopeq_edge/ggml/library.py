@@ -111,6 +111,26 @@ def bf16_to_f32(bits: npt.NDArray[np.uint16]) -> Floats:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
+def f32_to_bf16(values: Floats) -> npt.NDArray[np.uint16]:
+    """BF16 bit patterns of finite float32 ``values``, rounded to the nearest, ties to even."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+_FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=np.float32)
+_E8M0 = np.append(np.ldexp(1.0, np.arange(-127, 128)), np.nan).astype(np.float32)
+
+
+def mxfp4_to_f32(blocks: Bytes) -> Floats:
+    """Rows of MXFP4 blocks [n_rows, row bytes] as float32 [n_rows, n_in], exactly; a scale of all ones is NaN."""
+    n_rows, n_block = len(blocks), blocks.shape[1] // 17
+    by_block = blocks.reshape(n_rows, n_block, 17)
+    codes = np.concatenate([by_block[..., 1:] & 0x0F, by_block[..., 1:] >> 4], axis=-1)
+    with np.errstate(over="ignore"):
+        values: Floats = _FP4[codes] * _E8M0[by_block[..., :1]]
+    return values.reshape(n_rows, n_block * 32)
+
+
 @cache
 def load_ggml() -> Ggml:
     """The libggml of the llama.cpp in use. Raises :class:`RuntimeMissingError` if there is none."""

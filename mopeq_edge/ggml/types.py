@@ -11,6 +11,12 @@ from dataclasses import dataclass
 
 from mopeq_edge.errors import FormatError
 
+F16_MAX = 65504.0
+"""The largest number of F16, of which the weights, or the scales of the blocks, of most types are."""
+
+WIDE: frozenset[str] = frozenset({"F32", "BF16"})
+"""Types for weights beyond it. MXFP4 and NVFP4 stay finite, but have no digits left for a row of such spread."""
+
 
 @dataclass(frozen=True)
 class GgmlType:
@@ -33,6 +39,10 @@ class GgmlType:
     def fits(self, n_in: int) -> bool:
         """Whether rows of ``n_in`` weights are a whole number of blocks."""
         return n_in % self.block_size == 0
+
+    def holds(self, largest: float) -> bool:
+        """Whether the type is for weights up to the magnitude ``largest``: within F16's range any, beyond it few."""
+        return largest <= F16_MAX or self.name in WIDE
 
     def nbytes(self, n_weights: int) -> int:
         """Bytes of ``n_weights`` weights; the rows must be whole blocks."""
@@ -84,6 +94,7 @@ F32 = BY_NAME["F32"]
 F16 = BY_NAME["F16"]
 BF16 = BY_NAME["BF16"]
 I32 = BY_NAME["I32"]
+MXFP4 = BY_NAME["MXFP4"]
 
 QUANTIZABLE: tuple[str, ...] = (
     *("F16", "BF16"),

@@ -75,12 +75,18 @@ def parse_floors(items: Sequence[str]) -> dict[Role, float]:
 
 
 def candidates(
-    tensor: SourceTensor, types: Sequence[GgmlType], *, has_imatrix: bool, floors: Mapping[Role, float] = FLOORS
+    tensor: SourceTensor,
+    types: Sequence[GgmlType],
+    *,
+    has_imatrix: bool,
+    floors: Mapping[Role, float] = FLOORS,
+    largest: float = 0.0,
 ) -> tuple[GgmlType, ...]:
     """Types that ``tensor`` may get, smallest first; its own type, without loss, is always the last.
 
-    Types below its role's floor, types whose blocks do not fit its rows, and types that need an imatrix
-    where there is none are left out. A tensor that is not quantizable keeps its own type.
+    Types below its role's floor, types whose blocks do not fit its rows, types that need an imatrix where there is
+    none, and types that do not hold its ``largest`` weight are left out. A tensor that is not quantizable keeps its own
+    type.
     """
     if not tensor.quantizable:
         return (tensor.type,)
@@ -91,6 +97,7 @@ def candidates(
         if t.fits(tensor.n_in)
         and t.bpw >= floor
         and t.bpw < tensor.type.bpw
+        and t.holds(largest)
         and (has_imatrix or t.name not in NEEDS_IMATRIX)
     ]
     return (*sorted(fitting, key=lambda t: (t.bpw, t.name)), tensor.type)

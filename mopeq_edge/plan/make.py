@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from mopeq_edge.artifacts import digest
 from mopeq_edge.errors import PlanError
 from mopeq_edge.ggml.types import BY_NAME
@@ -152,12 +154,16 @@ def _allowed(
         if not tensor.quantizable:
             continue
         errors = table.require(tensor.name, options.sensitivity)
-        # what was measured decides which types an imatrix allowed
-        measured = [BY_NAME[name] for name in errors.types if name in asked_for]
+        damage = errors.damage[options.sensitivity]
+        # what was measured decides which types an imatrix and the largest weight allowed
+        measured = [
+            BY_NAME[name]
+            for name, own in zip(errors.types, damage, strict=True)
+            if name in asked_for and np.isfinite(own).all()
+        ]
         every = candidates(tensor, measured, has_imatrix=True, floors=options.floors)
         types = types_in_a_file(tensor, every, kvs, options.split_bytes)
-        rows = [errors.types.index(kind.name) for kind in types]
-        found[tensor.name] = Allowed(types, errors.damage[options.sensitivity][rows])
+        found[tensor.name] = Allowed(types, damage[[errors.types.index(kind.name) for kind in types]])
     return found
 
 

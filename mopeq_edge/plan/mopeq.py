@@ -168,6 +168,8 @@ def _measured(
 ) -> dict[str, list[GgmlType]]:
     """The measured types of each tensor. Raises :class:`PlanError` where one of the map is missing."""
     wanted = {kind.name for kind in (*options.types, *asked.types)}
+    # a type that another tensor was measured with was asked for: one that lacks it has weights beyond the type
+    measured = {name for errors in table.errors.values() for name in errors.types[:-1]}
     found: dict[str, list[GgmlType]] = {}
     for tensor in source.tensors:
         if not tensor.quantizable:
@@ -178,7 +180,7 @@ def _measured(
             # an imatrix has an entry for every stack, and perhaps none for others
             no_imatrix = kind.name in NEEDS_IMATRIX and (not _in_map(tensor) or table.quantized_with == NO_IMATRIX)
             could_be = kind.fits(tensor.n_in) and kind.bpw < tensor.type.bpw and not no_imatrix
-            if could_be and kind not in found[tensor.name]:
+            if could_be and kind.name not in measured:
                 raise PlanError(
                     f"tensor '{tensor.name}': type {kind.name} of the map was not measured, found "
                     f"{', '.join(errors.types)}; run sensitivity again with it in --types"

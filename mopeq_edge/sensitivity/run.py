@@ -16,7 +16,7 @@ from mopeq_edge.sensitivity.measure import ROWS_AT_ONCE, measure_tensor, total_m
 from mopeq_edge.sensitivity.pricing import Statistics, pricings
 from mopeq_edge.sensitivity.scores import DERIVED, Doubles, mopeq_score
 from mopeq_edge.sensitivity.table import SensitivityTable
-from mopeq_edge.source.model import Source, SourceTensor
+from mopeq_edge.source.model import Source, SourceTensor, magnitude
 from mopeq_edge.source.roles import Role
 
 SINGLE_MATRIX_ROWS = 8
@@ -39,18 +39,21 @@ def measure_sensitivity(
 
     ``quantize_with`` chooses the imatrix that weighs the quantizer: ``activation``, ``gradient`` or ``none``.
     Floors do not apply here, so one table serves every choice of floors. ``sample_rows`` rows are measured of each
-    matrix of a stack, :data:`SINGLE_MATRIX_ROWS` times as many of other tensors; None measures all.
+    matrix of a stack, :data:`SINGLE_MATRIX_ROWS` times as many of other tensors; None measures all. A type that does
+    not hold the largest weight of a tensor, of all its rows, is left out for it.
     """
     imatrix = statistics.imatrix(quantize_with)
     tensors = [t for t in source.tensors if t.quantizable]
     with ThreadPoolExecutor(threads) as pool:
-        norms = _norms(source, tensors, pool, progress)
+        norms, largest = _norms(source, tensors, pool, progress)
         mopeq = _mopeq_by_layer(tensors, norms)
         errors = {}
         with progress.step("sensitivity", total_matrices(tensors)) as step:
             for tensor in tensors:
                 has_imatrix = imatrix is not None and tensor.name in imatrix.entries
-                chosen = candidates(tensor, types, has_imatrix=has_imatrix, floors={})
+                chosen = candidates(
+                    tensor, types, has_imatrix=has_imatrix, floors={}, largest=float(largest[tensor.name].max())
+                )
                 score = mopeq[tensor.layer] if tensor.role is Role.EXPERT and tensor.layer is not None else None
                 own = _own_mopeq(tensor, norms[tensor.name]) if score is None else list(score)
                 errors[tensor.name] = measure_tensor(
@@ -78,24 +81,26 @@ def _rows_to_measure(tensor: SourceTensor, sample_rows: int | None) -> int | Non
 
 def _norms(
     source: Source, tensors: Sequence[SourceTensor], pool: ThreadPoolExecutor, progress: Progress
-) -> dict[str, Doubles]:
-    """|W|_F [n_matrices] of every tensor; also the first full look at the weights."""
+) -> tuple[dict[str, Doubles], dict[str, Doubles]]:
+    """|W|_F and the largest magnitude [n_matrices] of every tensor; also the first full look at the weights."""
 
-    def norm(tensor: SourceTensor, matrix: int) -> float:
+    def norm(tensor: SourceTensor, matrix: int) -> tuple[float, float]:
         # a whole vocabulary in float64 would be larger than a block
-        at_once, total = max(1, ROWS_AT_ONCE // tensor.n_in), 0.0
+        at_once, total, largest = max(1, ROWS_AT_ONCE // tensor.n_in), 0.0, 0.0
         for start in range(0, tensor.n_out, at_once):
             rows = source.read(tensor, matrix, slice(start, start + at_once))
             total += float(np.square(rows, dtype=np.float64).sum())
-        return math.sqrt(total)
+            largest = max(largest, magnitude(rows))
+        return math.sqrt(total), largest
 
-    result: dict[str, Doubles] = {}
+    norms: dict[str, Doubles] = {}
+    largest: dict[str, Doubles] = {}
     with progress.step("norms", total_matrices(tensors)) as step:
         for tensor in tensors:
             futures = [pool.submit(norm, tensor, m) for m in range(tensor.n_matrices)]
-            result[tensor.name] = np.array([future.result() for future in futures])
+            norms[tensor.name], largest[tensor.name] = np.array([future.result() for future in futures]).T
             step.advance(tensor.n_matrices)
-    return result
+    return norms, largest
 
 
 def _mopeq_by_layer(tensors: Sequence[SourceTensor], norms: Mapping[str, Doubles]) -> dict[int, Doubles]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mopeq_edge.errors import FormatError, SourceError
+from mopeq_edge.source.quantized import Packing, as_weights, packings
 from mopeq_edge.source.safetensors_file import SafetensorsFile
 from mopeq_edge.source.shard import Entry, Shard
 
@@ -29,44 +30,57 @@ class Checkpoint:
     """Tensors by their name in the checkpoint; only headers are kept in memory.
 
     Names come shard by shard (sorted), and sorted within a shard: the order in which llama.cpp's converter
-    writes them. Raises :class:`SourceError` for what is missing, :class:`FormatError` for what is damaged.
+    writes them. What ``config`` (config.json) says is quantized is one tensor, under the name of the codes and with the
+    weights' shape; its scales are not named. Raises :class:`SourceError` for what is missing or not supported,
+    :class:`FormatError` for what is damaged.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, config: Mapping[str, Any] | None = None) -> None:
         self.directory = directory
         shards, self.files = _open_shards(directory)
         self._shard_of = {name: shard for shard in shards for name in shard.entries}
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._shard_of)
+        entries = {name: shard.entries[name] for name, shard in self._shard_of.items()}
+        try:
+            self._packed: dict[str, Packing] = packings(config or {}, entries)
+        except (SourceError, FormatError) as error:
+            raise type(error)(f"{directory}: {error}") from None
+        hidden = {part for packing in self._packed.values() for part in packing.parts}
+        self.names = tuple(name for name in self._shard_of if name not in hidden)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor, outermost axis first."""
-        return {name: self.shape(name) for name in self._shard_of}
+        return {name: self.shape(name) for name in self.names}
 
-    def entry(self, name: str) -> Entry:
+    def _entry(self, name: str) -> Entry:
         shard = self._shard_of.get(name)
         if shard is None:
             raise SourceError(f"{self.directory}: the checkpoint has no tensor '{name}'")
         return shard.entries[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.entry(name).shape
+        packed = self._packed.get(name)
+        return self._entry(name).shape if packed is None else packed.shape
 
     def dtype(self, name: str) -> str:
-        """The safetensors type, e.g. ``BF16``."""
-        return self.entry(name).dtype
+        """The safetensors type, e.g. ``BF16``, or one of ``quantized``."""
+        packed = self._packed.get(name)
+        return self._entry(name).dtype if packed is None else packed.dtype
 
     def read_stored(self, name: str, start: int = 0, stop: int | None = None) -> Bytes:
         """Bytes [n_rows, row bytes] of rows ``start`` to ``stop``, all axes but the last seen as one."""
-        self.entry(name)
-        return self._shard_of[name].read(name, start, stop)
+        self._entry(name)
+        packed = self._packed.get(name)
+        if packed is None:
+            return self._shard_of[name].read(name, start, stop)
+        stop = math.prod(packed.shape[:-1]) if stop is None else stop
+        return packed.read(lambda part, first, last: self._shard_of[part].read(part, first, last), start, stop)
 
     def read_rows(self, name: str, start: int = 0, stop: int | None = None) -> Floats:
         """The same rows as float32 [n_rows, n_in]."""
-        self.entry(name)
+        self._entry(name)
+        if name in self._packed:
+            return as_weights(self.dtype(name), self.read_stored(name, start, stop))
         return self._shard_of[name].read_f32(name, start, stop)
 
     def read_f32(self, name: str, index: int | None = None) -> Floats:

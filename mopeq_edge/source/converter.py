@@ -24,9 +24,9 @@ class Part:
 
     ``expert`` picks along the first axis of a packed tensor [n_expert, …]; ``transposed`` says that what is left is
     stored as [n_in, n_out] and makes it [n_out, n_in]; ``rows`` then picks along its first axis (the gate half of a
-    packed gate_up), ``columns`` along the last one of a transposed piece (the rows of one head in the checkpoint).
-    ``heads`` is set for a q or k whose rows llama.cpp's rope wants in another order: of each of so many heads, row i
-    of the first half and row i of the second half in turn.
+    packed gate_up), ``columns`` along its last one (a head's rows in a transposed tensor); ``every`` takes every so
+    many-th of these rows, or of the columns if there are no rows. ``heads`` is set for a q or k whose rows llama.cpp's
+    rope wants in another order: of each of so many heads, row i of the first half and row i of the second half in turn.
     """
 
     tensor: str
@@ -35,6 +35,7 @@ class Part:
     heads: int | None = None
     transposed: bool = False
     columns: tuple[int, int] | None = None
+    every: int = 1
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,9 @@ class Skeleton:
     decoder's tensors in the checkpoint, ``layers`` and ``norm`` are what it calls these two; ``renamed`` are beginnings
     of names inside a block that differ: the module's, then the checkpoint's. ``fused`` are parameters of a block of
     which the checkpoint has several in one tensor, rows after rows: the tensor's name inside the block, which one of
-    how many. ``experts`` is where a block has its routed experts, ``latent`` is set where attention is latent.
+    how many. ``experts`` is where a block has its routed experts; ``gated(gate, up)`` computes from their two products
+    (torch tensors) what goes into the third matrix, for a family where that is not act(gate) * up. ``attention`` is
+    transformers' name of the implementation, ``latent`` is set where attention is latent.
 
     ``embedding_multiplier`` and ``logits_divisor`` name the numbers in transformers' configuration that multiply the
     embeddings and divide the logits, for a family that has them; what is inside a block its own module computes.
@@ -88,6 +91,8 @@ class Skeleton:
     renamed: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, int, int]] = field(default_factory=dict)
     experts: str = "mlp.experts"
+    gated: Callable[[Any, Any], Any] | None = None
+    attention: str = "sdpa"
     embedding_multiplier: str | None = None
     logits_divisor: str | None = None
     latent: Latent | None = None

@@ -12,17 +12,22 @@ import numpy as np
 import numpy.typing as npt
 
 from mopeq_edge.errors import FormatError, SourceError
-from mopeq_edge.ggml.types import BF16, F16, F32, GgmlType
+from mopeq_edge.ggml.library import bf16_to_f32, f32_to_bf16
+from mopeq_edge.ggml.types import BF16, F16, F32, MXFP4, GgmlType
 from mopeq_edge.gguf_file import KV
 from mopeq_edge.source.checkpoint import CONFIG, Checkpoint, read_config
 from mopeq_edge.source.converter import Converter, Converters, Part, Recipe, architecture_name, find_converter
 from mopeq_edge.source.model import Bytes, Floats, SourceTensor, require_finite
-from mopeq_edge.source.shard import as_f32
+from mopeq_edge.source.quantized import as_weights
+from mopeq_edge.source.shard import WEIGHT_DTYPES
 
-STORED_AS: Mapping[str, GgmlType] = {"BF16": BF16, "F16": F16, "F32": F32, "F64": F32}
+STORED_AS: Mapping[str, GgmlType] = {"BF16": BF16, "F16": F16, "F32": F32, "F64": F32, "MXFP4": MXFP4, "FP8": BF16}
 """How a matrix of each checkpoint type is stored in a GGUF."""
 
-FILE_TYPES: Mapping[GgmlType, int] = {F32: 0, F16: 1, BF16: 32}
+_SAME_BYTES = ("BF16", "F16", "F32", "MXFP4")
+"""Types whose bytes are the GGUF's."""
+
+FILE_TYPES: Mapping[GgmlType, int] = {F32: 0, F16: 1, BF16: 32, MXFP4: 38}
 """``general.file_type`` of a file whose matrices are of one type (``llama_ftype``)."""
 
 BESIDE_WEIGHTS = (
@@ -46,7 +51,7 @@ class HuggingFaceSource:
         self.architecture = converter.architecture
         self.skeleton = converter.skeleton
         self.config: Mapping[str, Any] = read_config(directory)
-        self.checkpoint = Checkpoint(directory)
+        self.checkpoint = Checkpoint(directory, self.config)
         try:
             recipes = converter.recipes(self.config, self.checkpoint.shapes)
         except SourceError as error:
@@ -65,44 +70,56 @@ class HuggingFaceSource:
 
     def read(self, tensor: SourceTensor, matrix: int = 0, rows: slice | None = None) -> Floats:
         raw, dtype = self._read_raw(tensor, matrix, rows)
-        return require_finite(as_f32(dtype, raw), self.path, tensor, matrix)
+        return require_finite(as_weights(dtype, raw), self.path, tensor, matrix)
 
     def read_stored(self, tensor: SourceTensor, matrix: int = 0, rows: slice | None = None) -> Bytes:
         raw, dtype = self._read_raw(tensor, matrix, rows)
-        values = require_finite(as_f32(dtype, raw), self.path, tensor, matrix)
-        return raw if STORED_AS[dtype] is tensor.type and dtype != "F64" else values.astype("<f4").view("u1")
+        values = require_finite(as_weights(dtype, raw), self.path, tensor, matrix)
+        if STORED_AS[dtype] is tensor.type and dtype in _SAME_BYTES:
+            return raw
+        if tensor.type is F32:
+            return values.astype("<f4").view("u1")
+        rounded = f32_to_bf16(values)
+        require_finite(bf16_to_f32(rounded), self.path, tensor, matrix)
+        return rounded.astype("<u2").view("u1")
+
+    def is_exact(self, tensor: SourceTensor) -> bool:
+        """Whether :meth:`read_stored` has the numbers of :meth:`read`; a product with block scales is rounded."""
+        dtypes = {self.checkpoint.dtype(part.tensor) for part in self.hf_tensor_of[tensor.name].parts}
+        return tensor.type is F32 or dtypes <= set(_SAME_BYTES)
 
     def _read_raw(self, tensor: SourceTensor, matrix: int, rows: slice | None) -> tuple[Bytes, str]:
         """Bytes [n_rows, row bytes] as the checkpoint has them, in the GGUF's order of rows, and their type."""
-        name, start, stop = self._piece(tensor, matrix, rows)
         part = self.hf_tensor_of[tensor.name].parts[matrix]
-        if part.transposed:
-            return self._columns(part, start, stop), self.checkpoint.dtype(name)
-        if part.heads is None:
-            return self.checkpoint.read_stored(name, start, stop), self.checkpoint.dtype(name)
-        first, n_rows = self._rows_of(part)
-        whole = self.checkpoint.read_stored(name, first, first + n_rows)
-        return whole[interleaved_halves(n_rows, part.heads)[start - first : stop - first]], self.checkpoint.dtype(name)
-
-    def _columns(self, part: Part, start: int, stop: int) -> Bytes:
-        """Columns of what the checkpoint has as [n_in, n_out], as rows; reads all of one expert, or of ``columns``."""
-        *_, n_in, n_out = self.checkpoint.shape(part.tensor)
-        first, (before, behind) = (part.expert or 0) * n_in, part.columns or (0, n_in)
-        stored = self.checkpoint.read_stored(part.tensor, first + before, first + behind)
-        numbers = stored.reshape(behind - before, n_out, -1)[:, start:stop].swapaxes(0, 1)
-        return np.ascontiguousarray(numbers).reshape(stop - start, (behind - before) * numbers.shape[2])
-
-    def _piece(self, tensor: SourceTensor, matrix: int, rows: slice | None) -> tuple[str, int, int]:
-        """(checkpoint tensor, first row, last row + 1); rows over all axes but the last, or columns if transposed."""
-        part = self.hf_tensor_of[tensor.name].parts[matrix]
-        first, n_rows = self._rows_of(part)
-        start, stop, step = (rows or slice(None)).indices(n_rows)
+        own = self._rows_of(part)
+        start, stop, step = (rows or slice(None)).indices(len(own))
         if step != 1:
             raise ValueError(f"{tensor.name}: rows must be contiguous, got a step of {step}")
-        return part.tensor, first + start, first + max(start, stop)
+        picked, dtype = own[start : max(start, stop)], self.checkpoint.dtype(part.tensor)
+        if part.transposed:
+            return self._transposed(part, picked), dtype
+        if part.heads is not None:
+            whole = self.checkpoint.read_stored(part.tensor, own.start, own.stop)
+            return whole[interleaved_halves(len(own), part.heads)[start:stop]], dtype
+        last = picked[-1] + 1 if picked else picked.start
+        raw = self.checkpoint.read_stored(part.tensor, picked.start, last)[:: picked.step]
+        if part.columns is not None:
+            numbers = raw.reshape(len(raw), self.checkpoint.shape(part.tensor)[-1], -1)[:, _columns_of(part)]
+            raw = numbers.reshape(len(raw), numbers.shape[1] * numbers.shape[2])
+        return np.ascontiguousarray(raw), dtype
 
-    def _rows_of(self, part: Part) -> tuple[int, int]:
-        """First row and number of rows of ``part`` in its tensor seen as a matrix; columns if it is transposed."""
+    def _transposed(self, part: Part, picked: range) -> Bytes:
+        """Columns of what the checkpoint has as [n_in, n_out], as rows; reads all of one expert, or of ``columns``."""
+        *_, n_in, n_out = self.checkpoint.shape(part.tensor)
+        columns = _columns_of(part)
+        first, last, every = columns.indices(n_in)
+        before = (part.expert or 0) * n_in
+        stored = self.checkpoint.read_stored(part.tensor, before + first, before + last)[::every]
+        numbers = stored.reshape(len(stored), n_out, -1)[:, picked.start : picked.stop : picked.step].swapaxes(0, 1)
+        return np.ascontiguousarray(numbers).reshape(len(picked), len(stored) * numbers.shape[2])
+
+    def _rows_of(self, part: Part) -> range:
+        """Rows of ``part`` in its tensor seen as a matrix; columns if it is transposed."""
         shape = self.checkpoint.shape(part.tensor)
         first, n_rows = 0, math.prod(shape[:-1])
         if part.transposed:
@@ -111,8 +128,8 @@ class HuggingFaceSource:
             n_rows = math.prod(shape[1:-1])
             first = part.expert * n_rows
         if part.rows is not None:
-            return first + part.rows[0], part.rows[1] - part.rows[0]
-        return first, n_rows
+            return range(first + part.rows[0], first + part.rows[1], part.every)
+        return range(first, first + n_rows)
 
     def _check(self, recipe: Recipe) -> None:
         """Every part has the shape that the recipe promises, and can be read as weights."""
@@ -122,18 +139,20 @@ class HuggingFaceSource:
             raise ValueError(f"{recipe.name}: {len(recipe.parts)} parts for {n_matrices} matrices")
         expected = [n_out, n_in] if len(recipe.shape) > 1 else [n_in]
         for part in recipe.parts:
-            entry = self.checkpoint.entry(part.tensor)
+            shape, dtype = self.checkpoint.shape(part.tensor), self.checkpoint.dtype(part.tensor)
             if self._shape_of(part) != expected:
                 which = "" if part.expert is None else f" for expert {part.expert}"
                 raise SourceError(
-                    f"{self.path}: tensor '{part.tensor}' has shape {list(entry.shape)}, but {CONFIG} asks for "
+                    f"{self.path}: tensor '{part.tensor}' has shape {list(shape)}, but {CONFIG} asks for "
                     f"{expected}{which}; use the {CONFIG} of these weights"
                 )
-            if entry.dtype not in STORED_AS:
+            if dtype not in STORED_AS:
                 raise FormatError(
-                    f"{self.path}: tensor '{part.tensor}' has type {entry.dtype}, expected {', '.join(STORED_AS)}; "
+                    f"{self.path}: tensor '{part.tensor}' has type {dtype}, expected {', '.join(WEIGHT_DTYPES)}; "
                     "use a checkpoint that is not quantized"
                 )
+            if STORED_AS[dtype].is_quantized and (part.transposed or part.columns is not None):
+                raise ValueError(f"{recipe.name}: the columns of '{part.tensor}' are in blocks of {dtype}")
 
     def _shape_of(self, part: Part) -> list[int]:
         """Shape of what ``part`` picks; empty if the tensor has no such part."""
@@ -143,9 +162,11 @@ class HuggingFaceSource:
         if part.transposed:
             shape = shape[::-1]
         if part.rows is not None and shape:
-            shape = [part.rows[1] - part.rows[0], *shape[1:]] if part.rows[1] <= shape[0] else []
+            n_rows = len(range(*part.rows, part.every))
+            shape = [n_rows, *shape[1:]] if part.rows[1] <= shape[0] else []
         if part.columns is not None and shape:
-            shape = [*shape[:-1], part.columns[1] - part.columns[0]] if part.columns[1] <= shape[-1] else []
+            n_in = len(range(shape[-1])[_columns_of(part)])
+            shape = [*shape[:-1], n_in] if part.columns[1] <= shape[-1] else []
         return shape
 
     def _type_of(self, recipe: Recipe) -> GgmlType:
@@ -155,17 +176,25 @@ class HuggingFaceSource:
         return types.pop() if len(types) == 1 else F32
 
     def _file_type(self) -> int:
-        """By the type that holds most weights of matrices."""
+        """By the type that holds most weights of matrices; MXFP4 if there is any, as llama.cpp's converter has it."""
         weights: Counter[GgmlType] = Counter()
         for tensor in self.tensors:
             if tensor.quantizable:
                 weights[tensor.type] += tensor.n_weights
+        if MXFP4 in weights:
+            return FILE_TYPES[MXFP4]
         return FILE_TYPES[weights.most_common(1)[0][0]] if weights else FILE_TYPES[F32]
 
     def _warnings(self) -> list[str]:
         parts = {part.tensor for recipe in self.hf_tensor_of.values() for part in recipe.parts}
         doubles = [name for name in parts if self.checkpoint.dtype(name) == "F64"]
         return [f"{self.path}: {len(doubles)} tensors are stored as F64 and read as F32"] if doubles else []
+
+
+def _columns_of(part: Part) -> slice:
+    """What ``part`` picks along its last axis."""
+    start, stop = part.columns or (None, None)
+    return slice(start, stop, part.every if part.rows is None else 1)
 
 
 def interleaved_halves(n_rows: int, heads: int) -> npt.NDArray[np.int64]:

@@ -156,6 +156,11 @@ def read_rows(source: Source, tensor: SourceTensor, matrix: int, rows: npt.NDArr
     return np.concatenate([source.read(tensor, matrix, slice(int(r[0]), int(r[-1]) + 1)) for r in runs])
 
 
+def magnitude(values: Floats) -> float:
+    """The largest |value|; 0 for none."""
+    return float(max(values.max(), -values.min())) if values.size else 0.0
+
+
 def require_finite(values: Floats, path: Path, tensor: SourceTensor, matrix: int) -> Floats:
     """``values``, or :class:`SourceError` naming tensor and expert if one is NaN or infinite."""
     if np.isfinite(values).all():

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import OlmoeConfig
+from transformers import GptOssConfig, OlmoeConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
-from mopeq_edge.calibrate.experts import ExpertWeights, Recorder, RoutedExperts, Tap
+from converters.gpt_oss import clamped_swiglu
+from mopeq_edge.calibrate.experts import ExpertWeights, Recorder, RoutedExperts, Tap, gated_by
 
 N_TOKENS, N_EMBD, N_FF, N_EXPERT, N_USED = 23, 12, 7, 6, 2
 UNUSED = 4
@@ -31,7 +33,7 @@ def make_theirs(dtype: torch.dtype) -> OlmoeExperts:
 def make_ours(theirs: OlmoeExperts, tap: Tap) -> RoutedExperts:
     packed = theirs.gate_up_proj.data
     weights = ExpertWeights(3, packed[:, :N_FF], packed[:, N_FF:], theirs.down_proj.data)
-    return RoutedExperts(weights, nn.functional.silu, tap)
+    return RoutedExperts(weights, gated_by(nn.functional.silu), tap)
 
 
 def routed(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,6 +92,49 @@ def test_sums_equal_a_loop_over_tokens() -> None:
     np.testing.assert_allclose(recorder.gate_weights, gate_weights, rtol=1e-12)
 
 
+def test_biases_and_an_activation_of_its_own() -> None:
+    """gpt-oss, also beyond its limit: output, gradient, and the sums that autograd gives one expert at a time."""
+    config = GptOssConfig(hidden_size=N_EMBD, intermediate_size=N_FF, num_local_experts=N_EXPERT)
+    config._experts_implementation = "eager"
+    theirs = GptOssExperts(config).to(torch.float64).requires_grad_(False)
+    for seed, (name, value) in enumerate(theirs.named_parameters()):
+        value.data = drawn(*value.shape, seed=10 + seed, dtype=torch.float64) * (3 if "gate_up" in name else 1)
+    packed, bias = theirs.gate_up_proj.data.transpose(1, 2), theirs.gate_up_proj_bias.data
+    biases = {"gate": bias[:, ::2], "up": bias[:, 1::2], "down": theirs.down_proj_bias.data}
+    weights = ExpertWeights(3, packed[:, ::2], packed[:, 1::2], theirs.down_proj.data.transpose(1, 2), biases)
+    tap = Tap()
+    tap.recorder = recorder = Recorder()
+    x, index, weight = routed(torch.float64)
+    upstream = drawn(N_TOKENS, N_EMBD, seed=5, dtype=torch.float64)
+    results = []
+    for experts in (RoutedExperts(weights, clamped_swiglu, tap), theirs):
+        into = x.clone().requires_grad_()
+        output = experts(into, index, weight)
+        results.append((output, *torch.autograd.grad(output, into, upstream)))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    beyond = 0
+    for e in range(N_EXPERT):
+        token, slot = torch.where(index == e)
+        both = (x[token] @ theirs.gate_up_proj[e] + bias[e]).requires_grad_()
+        beyond += int((both.abs() > 7).sum())
+        inner = theirs._apply_gate(both)
+        down = inner @ theirs.down_proj[e]
+        g_both, g_down = torch.autograd.grad(down * weight[token, slot, None], (both, down), upstream[token])
+        for name, into, g in (
+            ("gate", x[token], g_both[:, ::2]),
+            ("up", x[token], g_both[:, 1::2]),
+            ("down", inner, g_down),
+        ):
+            key = f"blk.3.ffn_{name}_exps.weight"
+            squares = into.detach().square()
+            np.testing.assert_allclose(recorder.activation.values[key][e], squares.sum(0).numpy(), rtol=1e-10)
+            np.testing.assert_allclose(
+                recorder.gradient.values[key][e], (g.square().sum(1) @ squares).numpy(), rtol=1e-10
+            )
+    assert beyond > 100
+
+
 def test_nothing_is_recorded_without_a_recorder_or_without_gradients() -> None:
     theirs = make_theirs(torch.float32)
     tap = Tap()
@@ -116,7 +161,7 @@ def test_weights_in_the_checkpoint_s_type_are_the_same_numbers(stored: torch.dty
     results = []
     for weights in (small, wide):
         into = x.clone().requires_grad_()
-        output = RoutedExperts(weights, torch.nn.functional.silu, Tap())(into, index, weight)
+        output = RoutedExperts(weights, gated_by(nn.functional.silu), Tap())(into, index, weight)
         results.append((output, *torch.autograd.grad(output, into, upstream)))
     for ours, expected in zip(*results, strict=True):
         assert ours.dtype == torch.float32

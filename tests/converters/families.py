@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..builders import TOKENIZER_FROM, edit_json
+from ..builders import TOKENIZER_FROM
 
 VOCAB = 4100
 
@@ -30,15 +30,22 @@ def add_tokenizer(directory: Path) -> Path:
     return directory
 
 
-def save(model: Any, directory: Path, dtype: str, as_in_memory: bool = False) -> Path:
+def save(
+    model: Any, directory: Path, dtype: str, as_in_memory: bool = False, louder: Mapping[str, float] | None = None
+) -> Path:
     """Spread the weights of ``model`` and save it as transformers does, with the bundled tokenizer.
 
-    ``as_in_memory`` keeps the experts of a layer in two tensors.
+    ``as_in_memory`` keeps the experts of a layer in two tensors; ``louder`` multiplies parameters by the end of their
+    names.
     """
     import torch
     from safetensors.torch import save_file
 
     spread(model)
+    for end, factor in (louder or {}).items():
+        for name, value in model.named_parameters():
+            if name.endswith(end):
+                value.data *= factor
     model.to(getattr(torch, dtype)).save_pretrained(directory)
     if as_in_memory:
         names = {name for name, _ in model.named_parameters()}
@@ -146,6 +153,44 @@ def build_qwen3_vl_moe(directory: Path, dtype: str) -> Path:
     return directory
 
 
+def build_gpt_oss(directory: Path, dtype: str) -> Path:
+    """Sinks, biases, windows shorter than the text, gates beyond the limit of the activation, yarn whose ramp has ends
+    that are whole dimensions, as llama.cpp rounds them.
+    """
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    yarn = {"rope_type": "yarn", "rope_theta": 1.5e5, "factor": 4.0, "original_max_position_embeddings": 64}
+    config = GptOssConfig(
+        **{"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "head_dim": 32},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 3},
+        **{"sliding_window": 8, "max_position_embeddings": 256, "rope_parameters": {**yarn, "truncate": True}},
+        **{"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0},
+    )
+    louder = {"sinks": 12.0, "router.bias": 4.0, "experts.gate_up_proj": 6.0, "_bias": 6.0}
+    return save(GptOssForCausalLM(config), directory, dtype, louder=louder)
+
+
+def build_mxfp4_gpt_oss(directory: Path, dtype: str) -> Path:
+    """The same with the experts as released: random codes, and scales that make gates of both sides of the limit."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    build_gpt_oss(directory, dtype)
+    generator = torch.Generator().manual_seed(1)
+    files = load_file(directory / "model.safetensors")
+    for name in [name for name in files if name.endswith(("gate_up_proj", "down_proj"))]:
+        n_expert, n_in, n_out = files.pop(name).shape
+        shape = (n_expert, n_out, n_in // 32)
+        files[f"{name}_blocks"] = torch.randint(256, (*shape, 16), generator=generator, dtype=torch.uint8)
+        files[f"{name}_scales"] = torch.randint(120, 126, shape, generator=generator, dtype=torch.uint8)
+    save_file(files, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    plain = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": plain}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
 def build_deepseek_ocr(directory: Path, dtype: str) -> Path:
     """A dense first layer, shared experts."""
     import torch
@@ -230,52 +275,6 @@ def _add_predicting_layer(weights: Path, n_layer: int) -> None:
     save_file({**files, **more}, weights, metadata={"format": "pt"})
 
 
-def build_lfm2_moe(directory: Path, dtype: str) -> Path:
-    """No converter of ours: short convolutions beside attention, a dense first layer, tied embeddings."""
-    from transformers import Lfm2MoeConfig, Lfm2MoeForCausalLM
-
-    config = Lfm2MoeConfig(
-        **{"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3},
-        **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 2},
-        **{"moe_intermediate_size": 32, "num_dense_layers": 1, "max_position_embeddings": 256},
-        **{"layer_types": ["conv", "full_attention", "conv"], "norm_topk_prob": True},
-        **{"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0},
-    )
-    return save(Lfm2MoeForCausalLM(config), directory, dtype)
-
-
-def build_dots1(directory: Path, dtype: str) -> Path:
-    """No converter of ours: a sigmoid router with groups, a shared expert, a dense first layer."""
-    from transformers import Dots1Config, Dots1ForCausalLM
-
-    config = Dots1Config(
-        **{"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16},
-        **{"num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 8, "num_experts_per_tok": 2},
-        **{"moe_intermediate_size": 32, "n_shared_experts": 1, "first_k_dense_replace": 1, "norm_topk_prob": True},
-        **{"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.5, "max_position_embeddings": 256},
-        **{"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0},
-    )
-    save(Dots1ForCausalLM(config), directory, dtype)
-    # released files say so; transformers knows no other and leaves it out
-    edit_json(directory / "config.json", scoring_func="sigmoid")
-    return directory
-
-
-def build_hunyuan_moe(directory: Path, dtype: str) -> Path:
-    """No converter of ours, and llama.cpp's script loads its tokenizer trusting the directory's code."""
-    from transformers import HunYuanMoEV1Config, HunYuanMoEV1ForCausalLM
-
-    config = HunYuanMoEV1Config(
-        **{"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16},
-        **{"num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 2, "moe_topk": 1},
-        **{"max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0},
-    )
-    save(HunYuanMoEV1ForCausalLM(config), directory, dtype)
-    # as in the released file: by layer
-    edit_json(directory / "config.json", moe_intermediate_size=[32], moe_topk=[1], num_shared_expert=[1])
-    return directory
-
-
 def causal_model(directory: Path) -> Any:
     """What transformers opens by itself."""
     import torch
@@ -292,6 +291,25 @@ def qwen3_vl_moe_model(directory: Path) -> Any:
     return Qwen3VLMoeForConditionalGeneration.from_pretrained(
         directory, dtype=torch.float32, experts_implementation="eager"
     ).eval()
+
+
+def mxfp4_gpt_oss_model(directory: Path) -> Any:
+    """transformers' model without kernels, its experts filled from the files by transformers' own conversion."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import GptOssConfig, GptOssForCausalLM
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    config = GptOssConfig.from_pretrained(directory)
+    del config.quantization_config
+    config._experts_implementation = "eager"
+    model = GptOssForCausalLM(config)
+    files = load_file(directory / "model.safetensors")
+    for name in [name.removesuffix("_blocks") for name in files if name.endswith("_blocks")]:
+        blocks, scales = files.pop(f"{name}_blocks"), files.pop(f"{name}_scales")
+        files[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    model.load_state_dict({name: value.float() for name, value in files.items()})
+    return model.eval()
 
 
 def deepseek_ocr_model(directory: Path) -> Any:
@@ -345,6 +363,8 @@ FAMILIES: Mapping[str, tuple[Callable[[Path, str], Path], Callable[[Path], Any]]
     "qwen3-moe": (build_qwen3_moe, causal_model),
     "qwen3-moe-packed-tied": (build_packed_qwen3_moe, causal_model),
     "qwen3-vl-moe": (build_qwen3_vl_moe, qwen3_vl_moe_model),
+    "gpt-oss": (build_gpt_oss, causal_model),
+    "gpt-oss-mxfp4": (build_mxfp4_gpt_oss, mxfp4_gpt_oss_model),
     "deepseek-ocr": (build_deepseek_ocr, deepseek_ocr_model),
     "deepseek-v2": (build_deepseek_v2, causal_model),
     "deepseek-v2-lite": (build_deepseek_v2_lite, causal_model),

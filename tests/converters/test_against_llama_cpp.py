@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 
 from converters import CONVERTERS
+from mopeq_edge.ggml.types import F32
 from mopeq_edge.gguf_file import read_header
 from mopeq_edge.runtime.locate import require_runtime
 from mopeq_edge.source.open import open_source
 
-from ..builders import build_olmoe, edit_json, write_gguf
-from .families import FAMILIES, build_mixtral, logits
+from ..builders import build_olmoe, edit_json, write_gguf, write_quantized_gguf
+from .families import FAMILIES, build_mixtral, build_mxfp4_gpt_oss, logits
+from .fp8 import build_fp8_deepseek_v3, build_fp8_qwen3_moe
 from .vision_language import VISION_LANGUAGE
 
 pytestmark = pytest.mark.runtime
@@ -86,6 +88,16 @@ def full(directory: Path) -> None:
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
+def released_gpt_oss(directory: Path) -> None:
+    """Settings in the words of the released ones: rope beside its scaling, a ramp without rounded ends."""
+    build_mxfp4_gpt_oss(directory, "bfloat16")
+    rope = json.loads((directory / "config.json").read_text())["rope_parameters"]
+    theta = rope.pop("rope_theta")
+    scaling = {**rope, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+    also = {"initial_context_length": 64, "experts_per_token": 3}
+    edit_json(directory / "config.json", rope_parameters=None, rope_scaling=scaling, rope_theta=theta, **also)
+
+
 MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "tiny-olmoe": (bundled, "bf16"),
     "sharded-MoE-v2": (sharded_bf16, "bf16"),
@@ -93,6 +105,9 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "full": (full, "f32"),
     # llama.cpp's converter has a rule for vocabularies of this size
     "granite-vocabulary": (partial(build_mixtral, dtype="bfloat16", vocab_size=49152), "bf16"),
+    "gpt-oss-released": (released_gpt_oss, "bf16"),
+    "qwen3-moe-fp8": (build_fp8_qwen3_moe, "bf16"),
+    "deepseek-v3-fp8": (build_fp8_deepseek_v3, "bf16"),
     **{name: (partial(build, dtype="bfloat16"), "bf16") for name, (build, _) in FAMILIES.items()},
 }
 
@@ -158,7 +173,10 @@ def test_same_logits_as_transformers_for_every_family(tmp_path: Path, name: str,
 
     build, open_model = {**FAMILIES, **VISION_LANGUAGE}[name]
     directory = build(tmp_path / "model", "float32")
-    write_gguf(open_source(directory, CONVERTERS, pre="gpt-2"), tmp_path / "model.gguf")
+    source = open_source(directory, CONVERTERS, pre="gpt-2")
+    # llama.cpp rounds what goes into quantized matrices, so they become F32 here
+    exact = {tensor.name: F32 for tensor in source.tensors if tensor.type.is_quantized}
+    write_quantized_gguf(source, exact, tmp_path / "model.gguf")
     tokens = AutoTokenizer.from_pretrained(directory).encode(evaluation_text[:600])[:128]
     expected = logits(open_model(directory), tokens)
     with LlamaModel(tmp_path / "model.gguf", n_threads=1, plain=True) as llama:

@@ -34,7 +34,8 @@ from mopeq_edge.source.gguf import GGUFSource
 from mopeq_edge.workdir import WorkDirectory
 
 from ..builders import EXAMPLE_TEXT, edit_json, write_quantized_gguf
-from .families import build_dots1, build_hunyuan_moe, build_lfm2_moe, causal_model, logits
+from .families import causal_model, logits
+from .unknown_families import build_dots1, build_hunyuan_moe, build_lfm2_moe
 
 BUILDS: dict[str, tuple[Callable[[Path, str], Path], tuple[str, ...], str]] = {
     "lfm2": (build_lfm2_moe, (), "gpt-2"),

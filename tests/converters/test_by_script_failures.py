@@ -25,8 +25,8 @@ from mopeq_edge.pipeline import open_context
 from mopeq_edge.progress import SilentProgress
 
 from ..builders import EXAMPLE_TEXT, bf16, edit_json, write_safetensors
-from .families import build_lfm2_moe
 from .test_by_script import TARGET, convert
+from .unknown_families import build_lfm2_moe
 
 PROGRAM = "from mopeq_edge.cli import main; main()"
 

@@ -15,7 +15,7 @@ import pytest
 from mopeq_edge.emit import emit
 from mopeq_edge.errors import RuntimeMissingError
 from mopeq_edge.ggml.library import Ggml, bf16_to_f32, load_ggml
-from mopeq_edge.ggml.types import BF16, BY_NAME, F32, NEEDS_IMATRIX, QUANTIZABLE, GgmlType
+from mopeq_edge.ggml.types import BF16, BY_NAME, F16_MAX, F32, NEEDS_IMATRIX, QUANTIZABLE, WIDE, GgmlType
 from mopeq_edge.gguf_file import KV, read_header
 from mopeq_edge.imatrix import Entry, Imatrix, read_imatrix, write_imatrix
 from mopeq_edge.plan.artifact import tensor_type_lines
@@ -305,6 +305,26 @@ def test_f32_and_bf16(ggml: Ggml) -> None:
 def test_what_does_not_fit(ggml: Ggml, kind: str, shape: tuple[int, int], imatrix: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ggml.quantize(BY_NAME[kind], weights(*shape), None if imatrix is None else np.ones(imatrix, np.float32))
+
+
+def test_weights_that_every_type_holds(ggml: Ggml) -> None:
+    """Up to F16's largest number all stay finite; beyond it F16 does not, and only the wide types do at any size."""
+    rows = weights(4, 512)
+    rows[1, 7], rows[2, 300] = F16_MAX, -F16_MAX
+    rows[3] = np.where(np.arange(512) % 3, F16_MAX, -F16_MAX)
+    for kind in QUANTIZABLE:
+        of = BY_NAME[kind]
+        assert of.holds(F16_MAX)
+        found = ggml.dequantize(of, ggml.quantize(of, rows, np.ones(512, np.float32)), 512)
+        assert np.isfinite(found).all(), kind
+    f16 = BY_NAME["F16"]
+    assert not f16.holds(65536)
+    assert np.isinf(ggml.dequantize(f16, ggml.quantize(f16, np.full((1, 32), 65536, np.float32)), 32)).all()
+    largest = np.full((1, 32), 1e38, np.float32)
+    for kind in WIDE:
+        of = BY_NAME[kind]
+        assert of.holds(1e38)
+        np.testing.assert_allclose(ggml.dequantize(of, ggml.quantize(of, largest), 32), largest, rtol=2**-8)
 
 
 def test_a_library_that_is_none(tmp_path: Path) -> None:

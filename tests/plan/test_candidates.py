@@ -104,6 +104,15 @@ def test_only_what_was_asked_for() -> None:
     assert names(candidates(tensor, parse_types("Q4_K,Q2_K"), has_imatrix=True)) == ["Q2_K", "Q4_K", "BF16"]
 
 
+def test_weights_beyond_f16() -> None:
+    """They leave a tensor in F32 or BF16; up to F16's largest number nothing changes."""
+    tensor = SourceTensor("blk.0.ffn_up_exps.weight", (256, 64, 8), F32)
+    assert candidates(tensor, ALL, has_imatrix=True, largest=65504) == candidates(tensor, ALL, has_imatrix=True)
+    assert names(candidates(tensor, ALL, has_imatrix=True, largest=65505)) == ["BF16", "F32"]
+    own = SourceTensor("blk.0.ffn_up_exps.weight", (256, 64, 8), BY_NAME["MXFP4"])
+    assert names(candidates(own, ALL, has_imatrix=True, largest=1e30)) == ["MXFP4"]
+
+
 def test_without_an_imatrix() -> None:
     tensor = SourceTensor("blk.0.ffn_up_exps.weight", (256, 64, 8), BF16)
     found = candidates(tensor, ALL, has_imatrix=False)

@@ -53,6 +53,24 @@ def test_shards(sharded: Path) -> None:
     assert checkpoint.read_stored("a", 1, 2).tobytes() == A[1].tobytes()
 
 
+@pytest.mark.parametrize("stray", ["consolidated.safetensors", "consolidated-00001-of-00002.safetensors"])
+def test_other_weights_beside_them_are_not_read(sharded: Path, stray: str) -> None:
+    """Another layout of the same model in one download, also one that is no safetensors file."""
+    write_safetensors(sharded / stray, {"a": f32(A + 1), "layers.0.attention.wq.weight": f32(A)})
+    before = Checkpoint(sharded)
+    assert before.names == ("b", "a")
+    assert np.array_equal(before.read_f32("a"), A)
+    assert [path.name for path in before.files] == [INDEX, "one.safetensors", "two.safetensors"]
+    (sharded / INDEX).unlink()
+    write_safetensors(sharded / SINGLE, {"a": f32(A)})
+    (sharded / stray).write_bytes(b"broken")
+    assert Checkpoint(sharded).names == ("a",)
+    assert Checkpoint(sharded).files == (sharded / SINGLE,)
+    (sharded / SINGLE).unlink()
+    with pytest.raises(SourceError, match=r"expected model.safetensors or model.safetensors.index.json, found consol"):
+        Checkpoint(sharded)
+
+
 def test_no_such_tensor(sharded: Path) -> None:
     with pytest.raises(SourceError, match="has no tensor 'c'"):
         Checkpoint(sharded).read_f32("c")

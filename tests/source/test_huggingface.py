@@ -140,6 +140,17 @@ def test_nan_elsewhere(copied: Path) -> None:
         source.read_stored(named(source, "output_norm.weight"))
 
 
+def test_a_number_beyond_f16_stays_what_it_is(copied: Path) -> None:
+    weights = load_file(copied / SINGLE)
+    weights["model.layers.1.mlp.experts.down_proj"][6, 0, 3] = 1e30
+    save_file(weights, copied / SINGLE)
+    source = opened(copied)
+    tensor = named(source, "blk.1.ffn_down_exps.weight")
+    expected = torch.tensor(1e30, dtype=torch.bfloat16)
+    assert source.read(tensor, 6)[0, 3] == expected.float().item()
+    assert source.read_stored(tensor, 6)[0, 6:8].tobytes() == expected.view(torch.uint16).numpy().tobytes()
+
+
 def test_rows_with_a_step(tiny_source: HuggingFaceSource) -> None:
     with pytest.raises(ValueError, match="contiguous"):
         tiny_source.read(named(tiny_source, "output.weight"), rows=slice(0, 4, 2))
