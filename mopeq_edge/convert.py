@@ -15,20 +15,22 @@ from mopeq_edge.evaluate.chunks import Positions, read_text
 from mopeq_edge.evaluate.run import Evaluation, evaluate, make_reference
 from mopeq_edge.imatrix import ACTIVATION, GRADIENT
 from mopeq_edge.pipeline import (
-    Calibrated,
-    CalibrationRequest,
     Context,
     check_budget,
-    check_calibration,
-    check_sensitivity,
-    load_traces,
     output_files,
-    run_calibrate,
     run_emit,
     run_forecast,
     run_plan,
     run_sensitivity,
     source_gguf,
+)
+from mopeq_edge.pipeline_calibrate import (
+    Calibrated,
+    CalibrationRequest,
+    check_calibration,
+    check_sensitivity,
+    load_traces,
+    run_calibrate,
 )
 from mopeq_edge.plan.artifact import Plan
 from mopeq_edge.plan.budget import Budget

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from mopeq_edge.artifacts import digest, file_digest
-from mopeq_edge.calibrate.statistics import read_routing, routing_from_imatrix, write_routing
-from mopeq_edge.calibrate.traces import Traces, read_traces, write_traces
+from mopeq_edge.artifacts import digest
 from mopeq_edge.emit import emit, planned_files
-from mopeq_edge.errors import CalibrationError, PlanError
+from mopeq_edge.errors import PlanError
 from mopeq_edge.expert_groups.layout import Types, file_specs
 from mopeq_edge.ggml.library import Quantizer, load_ggml
 from mopeq_edge.ggml.types import GgmlType
 from mopeq_edge.gguf_file import KV
-from mopeq_edge.imatrix import ACTIVATION, GRADIENT, Imatrix, read_imatrix, split_stacks, write_imatrix
+from mopeq_edge.imatrix import ACTIVATION, GRADIENT, Imatrix, read_imatrix
 from mopeq_edge.output_kvs import IMATRIX_NAME, Provenance, file_type_of, output_kvs
+from mopeq_edge.pipeline_calibrate import ACTIVATION_FILE, GRADIENT_FILE, Calibrated, CalibrationRequest
 from mopeq_edge.pipeline_context import Context as Context
 from mopeq_edge.pipeline_context import open_context as open_context
 from mopeq_edge.plan.artifact import PER_EXPERT, STOCK, Plan, write_plan
@@ -25,112 +24,14 @@ from mopeq_edge.plan.forecast import Forecast, forecast
 from mopeq_edge.plan.make import make_plan, require_budget
 from mopeq_edge.plan.options import PlanOptions
 from mopeq_edge.plan.per_expert import is_stack
-from mopeq_edge.progress import Progress
 from mopeq_edge.sensitivity.pricing import Statistics, require_scores
 from mopeq_edge.sensitivity.run import measure_sensitivity
-from mopeq_edge.sensitivity.scores import NEEDS_TRACES
 from mopeq_edge.sensitivity.table import SensitivityTable, read_table, write_table
 from mopeq_edge.source.model import Source
 from mopeq_edge.split import part_paths
 from mopeq_edge.workdir import WorkDirectory
 
-ACTIVATION_FILE, GRADIENT_FILE, ROUTING_FILE = "imatrix.gguf", "gradient.gguf", "routing.safetensors"
-TRACE_FILE = "trace.safetensors"
 NO_IMATRIX = "none"
-
-
-@dataclass(frozen=True)
-class TraceRequest:
-    """Measure Hessian traces on the first ``chunks`` windows with ``probes`` random probes (two or more)."""
-
-    chunks: int = 8
-    probes: int = 8
-
-
-@dataclass(frozen=True)
-class CalibrationRequest:
-    """Where the statistics come from: a text, or an imatrix that llama-imatrix made.
-
-    ``text`` is the calibration text itself and ``dataset`` its name; ``trace`` adds Hessian traces, which need
-    ``fisher``.
-    """
-
-    text: str = ""
-    dataset: str = ""
-    n_ctx: int = 512
-    chunks: int | None = None
-    fisher: bool = True
-    seed: int = 1
-    imatrix: Path | None = None
-    trace: TraceRequest | None = None
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """Statistics, and the hash of what they were made from."""
-
-    statistics: Statistics
-    made_from: str
-
-
-def check_calibration(context: Context, request: CalibrationRequest) -> None:
-    """Raise :class:`CalibrationError` for a request that cannot be met, before anything is computed."""
-    if request.trace is not None and not (request.fisher and context.source.kind == "huggingface"):
-        raise CalibrationError(
-            f"{context.source.path}: --trace needs --fisher on the text of a Hugging Face directory (matrices that are "
-            "no experts are priced by gradients); calibrate that directory without --imatrix, or leave out --trace"
-        )
-    if request.imatrix is not None:
-        return
-    if not request.text:
-        raise CalibrationError(f"{context.source.path}: no text to calibrate on; give --text FILE or --imatrix FILE")
-    if request.fisher and context.source.kind != "huggingface":
-        raise CalibrationError(
-            f"{context.source.path}: gradients need the Hugging Face directory, this is a GGUF; "
-            "calibrate that directory, or leave out --fisher and use --sensitivity imatrix"
-        )
-
-
-def check_sensitivity(context: Context, request: CalibrationRequest, sensitivity: str) -> None:
-    """Raise :class:`CalibrationError` for a score of traces that are neither there nor asked for, before any work."""
-    if sensitivity in NEEDS_TRACES and request.trace is None and load_traces(context) is None:
-        require_scores([sensitivity], Statistics())
-
-
-def run_calibrate(context: Context, request: CalibrationRequest) -> Calibrated:
-    """The calibrate stage, reused when source, text and options are the same."""
-    check_calibration(context, request)
-    if request.imatrix is not None:
-        return _foreign_imatrix(context, request.imatrix)
-    options = (request.n_ctx, request.chunks, request.fisher, request.seed)
-    made_from = digest(["calibration 1", context.source_sha256, digest(request.text), *options])
-    if not context.work.has("calibrate", made_from):
-        statistics = _calibrate(context, request)
-        names = _write_statistics(context.work, statistics, made_from)
-        context.work.record("calibrate", made_from, names)
-    if request.trace is not None:
-        _run_trace(context, request, request.trace)
-    return Calibrated(load_statistics(context), made_from)
-
-
-def load_statistics(context: Context) -> Statistics:
-    """Statistics of the finished calibrate stage, with the source's traces if they were measured.
-
-    Raises :class:`CalibrationError` if there is no finished stage.
-    """
-    work = context.work
-    names = work.files("calibrate")
-    if ACTIVATION_FILE not in names:
-        raise CalibrationError(f"{work.path}: has no finished calibration; run mopeq-edge calibrate first")
-    statistics = Statistics(
-        activation=read_imatrix(work.file(ACTIVATION_FILE)),
-        gradient=read_imatrix(work.file(GRADIENT_FILE)) if GRADIENT_FILE in names else None,
-        routing=read_routing(work.file(ROUTING_FILE)),
-        traces=load_traces(context),
-    )
-    _note_unrouted(statistics, context.progress)
-    _note_clamped(statistics, context.progress)
-    return statistics
 
 
 def run_sensitivity(
@@ -283,131 +184,6 @@ def _kvs(context: Context, statistics: Statistics, kind: str, file_type: int, pl
     imatrix = statistics.imatrix(kind)
     provenance = Provenance(context.source_sha256, plan_sha256) if plan_sha256 else Provenance()
     return output_kvs(context.source.kvs, file_type, imatrix, IMATRIX_NAME, provenance)
-
-
-def _calibrate(context: Context, request: CalibrationRequest) -> Statistics:
-    if context.source.kind == "gguf":
-        from mopeq_edge.calibrate.from_gguf import calibrate_gguf
-
-        return calibrate_gguf(
-            context.source,
-            request.text,
-            request.dataset,
-            n_ctx=request.n_ctx,
-            chunks=request.chunks,
-            threads=context.threads,
-            progress=context.progress,
-        )
-    from mopeq_edge.calibrate.run import calibrate_text
-
-    return calibrate_text(
-        context.source,
-        request.text,
-        request.dataset,
-        n_ctx=request.n_ctx,
-        chunks=request.chunks,
-        fisher=request.fisher,
-        seed=request.seed,
-        threads=context.threads,
-        scratch=context.work.path,
-        progress=context.progress,
-    )
-
-
-def _run_trace(context: Context, request: CalibrationRequest, trace: TraceRequest) -> None:
-    """A stage of its own: it is costly, and a new choice of probes leaves the rest of the calibration alone."""
-    options = (request.n_ctx, trace.chunks, trace.probes, request.seed)
-    made_from = digest(["trace 1", context.source_sha256, digest(request.text), *options])
-    if context.work.has("trace", made_from):
-        return
-    from mopeq_edge.calibrate.trace import trace_text
-
-    traces = trace_text(
-        context.source,
-        request.text,
-        n_ctx=request.n_ctx,
-        chunks=trace.chunks,
-        probes=trace.probes,
-        seed=request.seed,
-        threads=context.threads,
-        scratch=context.work.path,
-        source_sha256=context.source_sha256,
-        made_from=made_from,
-        progress=context.progress,
-    )
-    write_traces(traces, context.work.file(TRACE_FILE))
-    context.work.record("trace", made_from, [TRACE_FILE])
-
-
-def load_traces(context: Context) -> Traces | None:
-    """The traces in the work directory, if they are this source's."""
-    if TRACE_FILE not in context.work.files("trace"):
-        return None
-    traces = read_traces(context.work.file(TRACE_FILE))
-    return traces if traces.source_sha256 == context.source_sha256 else None
-
-
-def _foreign_imatrix(context: Context, path: Path) -> Calibrated:
-    imatrix = split_stacks(read_imatrix(path), {t.name: t.n_matrices for t in context.source.tensors})
-    check_imatrix(imatrix, path, context.source)
-    statistics = Statistics(activation=imatrix, routing=routing_from_imatrix(imatrix, context.source))
-    made_from = digest(["imatrix 1", file_digest(path)])
-    names = _write_statistics(context.work, statistics, made_from)
-    context.work.record("calibrate", made_from, names)
-    _note_unrouted(statistics, context.progress)
-    return Calibrated(statistics, made_from)
-
-
-def check_imatrix(imatrix: Imatrix, path: Path, source: Source) -> None:
-    """Raise :class:`CalibrationError` for an imatrix of another model."""
-    for tensor in source.tensors:
-        entry = imatrix.entries.get(tensor.name)
-        expected = (tensor.n_matrices, tensor.n_in)
-        if entry is not None and entry.sums.shape != expected:
-            raise CalibrationError(
-                f"{path}: entry '{tensor.name}' has shape {list(entry.sums.shape)}, expected {list(expected)} "
-                f"as in {source.path}; it was made for another model"
-            )
-        if entry is None and tensor.projection is not None:
-            raise CalibrationError(
-                f"{path}: has no entry for '{tensor.name}' of {source.path}; it was made for another model"
-            )
-
-
-def _write_statistics(work: WorkDirectory, statistics: Statistics, made_from: str) -> list[str]:
-    names = [ACTIVATION_FILE, ROUTING_FILE]
-    assert statistics.activation is not None
-    assert statistics.routing is not None
-    write_imatrix(statistics.activation, work.file(ACTIVATION_FILE))
-    write_routing(statistics.routing, work.file(ROUTING_FILE), made_from)
-    if statistics.gradient is not None:
-        write_imatrix(statistics.gradient, work.file(GRADIENT_FILE))
-        names.append(GRADIENT_FILE)
-    return names
-
-
-def _note_unrouted(statistics: Statistics, progress: Progress) -> None:
-    unrouted = statistics.activation.unrouted if statistics.activation is not None else ()
-    experts = sorted({name.split(".ffn_")[0] + "[" + name.split("[")[1] for name in unrouted})
-    if experts:
-        progress.note(
-            f"note: never-routed experts ({len(experts)}): {_first(experts)}; priced by their layer's mean at one "
-            "token, more text may reach them"
-        )
-
-
-def _note_clamped(statistics: Statistics, progress: Progress) -> None:
-    clamped = statistics.traces.clamped if statistics.traces is not None else ()
-    if clamped:
-        names = [name.replace(".weight[", "[") for name in clamped]
-        progress.note(
-            f"note: traces that were not positive ({len(clamped)}): {_first(names)}; priced by their stack's mean per "
-            "token, more --probes or --trace-chunks make them clearer"
-        )
-
-
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
 
 
 def load_sensitivity(work: WorkDirectory) -> SensitivityTable:

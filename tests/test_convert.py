@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from gguf import GGUFReader
 
 from mopeq_edge import convert as convert_module
-from mopeq_edge import pipeline
+from mopeq_edge import pipeline, pipeline_calibrate
 from mopeq_edge.artifacts import file_digest
 from mopeq_edge.cli import cli
 from mopeq_edge.errors import PlanError
@@ -174,7 +174,7 @@ def test_another_budget_computes_nothing_again(first: Run, tmp_path: Path, monke
     def refuse(*args: object, **options: object) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(pipeline, "_calibrate", refuse)
+    monkeypatch.setattr(pipeline_calibrate, "_calibrate", refuse)
     monkeypatch.setattr(pipeline, "measure_sensitivity", refuse)
     before = [(first.work / name).stat().st_mtime_ns for name in MEASURED]
     stages = json.loads((first.work / "stages.json").read_text())

@@ -10,7 +10,8 @@ import click
 
 from mopeq_edge.evaluate.chunks import read_text
 from mopeq_edge.evaluate.run import evaluate
-from mopeq_edge.pipeline import CalibrationRequest, Context
+from mopeq_edge.pipeline import Context
+from mopeq_edge.pipeline_calibrate import CalibrationRequest
 from mopeq_edge.plan.candidates import parse_types
 from mopeq_edge.study.setup import POSITIONS, Setup, prepare
 

@@ -17,7 +17,8 @@ import click
 from mopeq_edge.cli.console import console_progress, json_option, print_json
 from mopeq_edge.cli.study import ROWS
 from mopeq_edge.ggml.types import BY_NAME
-from mopeq_edge.pipeline import Context, load_sensitivity, load_statistics, open_context, plan_only, run_forecast
+from mopeq_edge.pipeline import Context, load_sensitivity, open_context, plan_only, run_forecast
+from mopeq_edge.pipeline_calibrate import load_statistics
 from mopeq_edge.plan.artifact import KNAPSACK, PER_EXPERT, STOCK
 from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.candidates import FLOORS

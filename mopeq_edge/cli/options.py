@@ -11,7 +11,7 @@ import click
 from mopeq_edge.cli.console import FILE
 
 if TYPE_CHECKING:
-    from mopeq_edge.pipeline import CalibrationRequest
+    from mopeq_edge.pipeline_calibrate import CalibrationRequest
     from mopeq_edge.plan.budget import Budget
     from mopeq_edge.plan.options import PlanOptions
 
@@ -95,8 +95,9 @@ plan_options = _stack(
         ),
         default="auto",
         show_default=True,
-        help="Score that prices errors; auto is fisher-trace with --trace, else fisher, for a GGUF imatrix; "
-        "mopeq for its planner.",
+        metavar="SCORE",
+        help="What prices errors: fisher, fisher-trace, imatrix, weight-mse, mopeq, frequency, hybrid or trace. "
+        "auto is fisher-trace with --trace, else fisher; for a GGUF imatrix; for --planner mopeq mopeq.",
     ),
     click.option("--types", default="default", show_default=True, help="Candidate types: default, k, all, or a list."),
     click.option("--floor", "floors", multiple=True, help="ROLE=TYPE or ROLE=BITS: least type of a role."),
@@ -208,7 +209,7 @@ def calibration_request(
     trace_chunks: int,
 ) -> CalibrationRequest:
     """The request; ``has_gradients``: the model can give the gradient-weighted imatrix, so it is made by default."""
-    from mopeq_edge.pipeline import CalibrationRequest, TraceRequest
+    from mopeq_edge.pipeline_calibrate import CalibrationRequest, TraceRequest
 
     wanted = has_gradients if fisher is None else fisher
     name = text.name if text is not None else ""

@@ -12,7 +12,8 @@ from mopeq_edge.cli import options
 from mopeq_edge.cli.console import FILE, json_option, threads_option
 
 if TYPE_CHECKING:
-    from mopeq_edge.pipeline import Calibrated, Context
+    from mopeq_edge.pipeline import Context
+    from mopeq_edge.pipeline_calibrate import Calibrated
     from mopeq_edge.pipeline_context import BeforeScript
     from mopeq_edge.plan.artifact import Plan
     from mopeq_edge.plan.forecast import Forecast
@@ -27,7 +28,7 @@ def _context(model: Path, given: dict[str, Any], progress: Any, before_script: B
 
 
 def _finished_calibration(context: Context) -> Calibrated:
-    from mopeq_edge.pipeline import Calibrated, load_statistics
+    from mopeq_edge.pipeline_calibrate import Calibrated, load_statistics
 
     return Calibrated(load_statistics(context), context.work.made_from("calibrate") or "")
 
@@ -51,7 +52,7 @@ def calibrate(model: Path, **given: Any) -> None:
     """
     from mopeq_edge.cli.console import console_progress, print_json, print_table, rows_table
     from mopeq_edge.evaluate.chunks import read_text
-    from mopeq_edge.pipeline import run_calibrate
+    from mopeq_edge.pipeline_calibrate import run_calibrate
 
     with console_progress() as progress:
         text = options.calibration_text(model, given["text"], given["imatrix"])

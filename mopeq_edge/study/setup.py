@@ -15,14 +15,8 @@ from mopeq_edge.ggml.library import Quantizer, load_ggml
 from mopeq_edge.ggml.types import GgmlType
 from mopeq_edge.gguf_file import KV
 from mopeq_edge.output_kvs import IMATRIX_NAME, Provenance, output_kvs
-from mopeq_edge.pipeline import (
-    Calibrated,
-    CalibrationRequest,
-    Context,
-    run_calibrate,
-    run_sensitivity,
-    source_gguf,
-)
+from mopeq_edge.pipeline import Context, run_sensitivity, source_gguf
+from mopeq_edge.pipeline_calibrate import Calibrated, CalibrationRequest, run_calibrate
 from mopeq_edge.plan.per_expert import is_stack
 from mopeq_edge.sensitivity.table import SensitivityTable
 from mopeq_edge.source.model import SourceTensor
