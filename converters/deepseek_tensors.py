@@ -7,15 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from converters.key_values import need_number
-from converters.tensor_table import Experts, PerHead, Row, Shapes, Tables, check_count, sizes_of
+from converters.tensor_table import Experts, PerHead, Row, Shapes, Tables, check_count, decoder_rows, sizes_of
 from mopeq_edge.errors import SourceError
 from mopeq_edge.source.converter import Config
 
-_MODEL: Mapping[str, Row] = {
-    "model.embed_tokens.weight": Row("token_embd.weight", ("hidden", "vocab")),
-    "model.norm.weight": Row("output_norm.weight", ("hidden",), f32=True),
-    "lm_head.weight": Row("output.weight", ("hidden", "vocab")),
-}
 _NORMS: Mapping[str, Row] = {
     "input_layernorm.weight": Row("attn_norm.weight", ("hidden",), f32=True),
     "post_attention_layernorm.weight": Row("ffn_norm.weight", ("hidden",), f32=True),
@@ -71,7 +66,9 @@ def deepseek_tables(
     n_further = need_number(config, _FURTHER) if config.get(_FURTHER) else 0
     check_count(_FURTHER, n_further, shapes)
     tied = bool(config.get("tie_word_embeddings"))
-    model = {place.prefix + name: row for name, row in _MODEL.items() if not (tied and row.name == "output.weight")}
+    model = {
+        place.prefix + name: row for name, row in decoder_rows().items() if not (tied and row.name == "output.weight")
+    }
     dense, sparse = {**_NORMS, **attention, **_DENSE}, {**_NORMS, **attention, **_SPARSE, **(router or {})}
     return Tables(
         "a DeepSeek",

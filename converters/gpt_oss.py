@@ -15,7 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from converters.key_values import add_text_parameters, as_kvs, need_number, start_writer, with_defaults
-from converters.tensor_table import Experts, Row, Shapes, Sizes, Tables, check_count, check_only, recipes_of, sizes_of
+from converters.tensor_table import (
+    Experts,
+    Row,
+    Shapes,
+    Sizes,
+    Tables,
+    check_count,
+    check_only,
+    decoder_rows,
+    recipes_of,
+    sizes_of,
+)
 from converters.vocabulary import add_bpe_vocabulary
 from mopeq_edge.errors import SourceError
 from mopeq_edge.gguf_file import KV
@@ -41,11 +52,6 @@ _LAYER: Mapping[str, Row] = {
     "post_attention_layernorm.weight": Row("post_attention_norm.weight", ("hidden",), f32=True),
     "mlp.router.weight": Row("ffn_gate_inp.weight", ("hidden", "expert"), f32=True),
     "mlp.router.bias": Row("ffn_gate_inp.bias", ("expert",), f32=True),
-}
-_MODEL: Mapping[str, Row] = {
-    "model.embed_tokens.weight": Row("token_embd.weight", ("hidden", "vocab")),
-    "model.norm.weight": Row("output_norm.weight", ("hidden",), f32=True),
-    "lm_head.weight": Row("output.weight", ("hidden", "vocab")),
 }
 _SIZES = {
     **{"hidden": "hidden_size", "ff": "intermediate_size", "expert": "num_local_experts", "vocab": "vocab_size"},
@@ -81,7 +87,7 @@ def recipes(config: Config, shapes: Shapes) -> list[Recipe]:
                 _need(needed, layer, shapes)
     rest = {name: shape for name, shape in shapes.items() if name not in found}
     tables = Tables(
-        *("a gpt-oss", _MODEL, lambda _: _LAYER, Experts(_EXPERTS, {}), sizes, n_layer), sparse=lambda _: False
+        *("a gpt-oss", decoder_rows(), lambda _: _LAYER, Experts(_EXPERTS, {}), sizes, n_layer), sparse=lambda _: False
     )
     found |= {recipe.parts[0].tensor: [recipe] for recipe in recipes_of(tables, rest)}
     in_blocks = [name for name in shapes if name in found and name.endswith("_blocks")]

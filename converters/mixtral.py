@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.key_values import add_text_parameters, as_kvs, need_number, start_writer, with_defaults
-from converters.tensor_table import Experts, Row, Shapes, Tables, check_only, recipes_of, sizes_of
+from converters.tensor_table import Experts, Row, Shapes, Tables, check_only, decoder_rows, recipes_of, sizes_of
 from converters.vocabulary import add_llama_vocabulary
 from mopeq_edge.gguf_file import KV
 from mopeq_edge.source.converter import Config, Converter, Recipe, Skeleton
@@ -40,11 +40,7 @@ def recipes(config: Config, shapes: Shapes) -> list[Recipe]:
     config = _with_defaults(config)
     sizes, head_dim = sizes_of(config, _SIZES), _head_dim(config)
     sizes |= {"q": sizes["head"] * head_dim, "kv": sizes["head_kv"] * head_dim}
-    model = {
-        "model.embed_tokens.weight": Row("token_embd.weight", ("hidden", "vocab")),
-        "model.norm.weight": Row("output_norm.weight", ("hidden",), f32=True),
-        "lm_head.weight": Row("output.weight", ("hidden", "vocab"), optional=bool(config.get("tie_word_embeddings"))),
-    }
+    model = decoder_rows(tied=bool(config.get("tie_word_embeddings")))
     n_layer = need_number(config, "num_hidden_layers")
     return recipes_of(Tables("a Mixtral", model, lambda _: _LAYER, _EXPERTS, sizes, n_layer), shapes)
 

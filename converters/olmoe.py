@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from converters.key_values import add_text_parameters, as_kvs, need_number, start_writer, with_defaults
-from converters.tensor_table import Experts, Row, Shapes, Tables, check_only, recipes_of, sizes_of
+from converters.tensor_table import Experts, Row, Shapes, Tables, check_only, decoder_rows, recipes_of, sizes_of
 from converters.vocabulary import add_bpe_vocabulary
 from mopeq_edge.gguf_file import KV
 from mopeq_edge.source.converter import Config, Converter, Recipe
@@ -17,11 +17,6 @@ from mopeq_edge.source.model import SourceTensor
 
 ARCHITECTURE = "olmoe"
 
-_MODEL: Mapping[str, Row] = {
-    "model.embed_tokens.weight": Row("token_embd.weight", ("hidden", "vocab")),
-    "model.norm.weight": Row("output_norm.weight", ("hidden",), f32=True),
-    "lm_head.weight": Row("output.weight", ("hidden", "vocab")),
-}
 _LAYER: Mapping[str, Row] = {
     "input_layernorm.weight": Row("attn_norm.weight", ("hidden",), f32=True),
     "self_attn.q_proj.weight": Row("attn_q.weight", ("hidden", "hidden")),
@@ -45,7 +40,7 @@ def recipes(config: Config, shapes: Shapes) -> list[Recipe]:
     }
     check_only(config, only, "OLMoE")
     n_layer = need_number(config, "num_hidden_layers")
-    tables = Tables("an OLMoE", _MODEL, lambda _: _LAYER, _EXPERTS, sizes_of(config, _SIZES), n_layer)
+    tables = Tables("an OLMoE", decoder_rows(), lambda _: _LAYER, _EXPERTS, sizes_of(config, _SIZES), n_layer)
     return recipes_of(tables, shapes)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.key_values import add_text_parameters, as_kvs, need_number, start_writer, with_defaults
-from converters.tensor_table import Experts, Row, Shapes, Tables, check_only, recipes_of, sizes_of
+from converters.tensor_table import Experts, Row, Shapes, Tables, check_only, decoder_rows, recipes_of, sizes_of
 from converters.vocabulary import add_bpe_vocabulary
 from mopeq_edge.gguf_file import KV
 from mopeq_edge.source.converter import Config, Converter, Recipe
@@ -18,11 +18,6 @@ from mopeq_edge.source.model import SourceTensor
 
 ARCHITECTURE = "qwen2moe"
 
-_MODEL: Mapping[str, Row] = {
-    "model.embed_tokens.weight": Row("token_embd.weight", ("hidden", "vocab")),
-    "model.norm.weight": Row("output_norm.weight", ("hidden",), f32=True),
-    "lm_head.weight": Row("output.weight", ("hidden", "vocab")),
-}
 _LAYER: Mapping[str, Row] = {
     "input_layernorm.weight": Row("attn_norm.weight", ("hidden",), f32=True),
     "self_attn.q_proj.weight": Row("attn_q.weight", ("hidden", "hidden")),
@@ -65,7 +60,7 @@ def recipes(config: Config, shapes: Shapes) -> list[Recipe]:
         check_only(config, {"layer_types": ["full_attention"] * len(kinds)}, "Qwen2-MoE")
     sizes = {**sizes_of(config, _SIZES), "kv": need_number(config, "num_key_value_heads") * (hidden // heads), "one": 1}
     n_layer = need_number(config, "num_hidden_layers")
-    return recipes_of(Tables("a Qwen2-MoE", _MODEL, lambda _: _LAYER, _EXPERTS, sizes, n_layer), shapes)
+    return recipes_of(Tables("a Qwen2-MoE", decoder_rows(), lambda _: _LAYER, _EXPERTS, sizes, n_layer), shapes)
 
 
 def key_values(

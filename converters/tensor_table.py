@@ -106,6 +106,15 @@ class Tables:
     skipped: tuple[str, ...] = ()
 
 
+def decoder_rows(*, tied: bool = False) -> dict[str, Row]:
+    """Embedding, last norm and output matrix under transformers' usual names; a ``tied`` one may lack the last."""
+    return {
+        "model.embed_tokens.weight": Row("token_embd.weight", ("hidden", "vocab")),
+        "model.norm.weight": Row("output_norm.weight", ("hidden",), f32=True),
+        "lm_head.weight": Row("output.weight", ("hidden", "vocab"), optional=tied),
+    }
+
+
 _STACK_AXES: Mapping[str, tuple[str, ...]] = {
     "down": ("ff", "hidden", "expert"),
     "gate": ("hidden", "ff", "expert"),
