@@ -23,7 +23,7 @@ from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.forecast import Forecast, forecast
 from mopeq_edge.plan.make import make_plan, require_budget
 from mopeq_edge.plan.options import PlanOptions
-from mopeq_edge.plan.per_expert import is_stack
+from mopeq_edge.plan.per_expert import expert_stacks
 from mopeq_edge.sensitivity.pricing import Statistics, require_scores
 from mopeq_edge.sensitivity.run import measure_sensitivity
 from mopeq_edge.sensitivity.table import SensitivityTable, read_table, write_table
@@ -103,8 +103,13 @@ def run_forecast(
     if options.precision_map is not None:
         return None
     other = replace(options, layout=STOCK if plan.layout == PER_EXPERT else PER_EXPERT, split_bytes=None)
-    stacks = [tensor for tensor in context.source.tensors if is_stack(tensor) and tensor.quantizable]
-    return forecast(stacks, table, statistics.routing, plan, plan_only(context, table, statistics, budget, other))
+    return forecast(
+        expert_stacks(context.source),
+        table,
+        statistics.routing,
+        plan,
+        plan_only(context, table, statistics, budget, other),
+    )
 
 
 def run_emit(

@@ -19,6 +19,7 @@ from mopeq_edge.calibrate.experts import ExpertWeights, RoutedExperts, Tap, gate
 from mopeq_edge.calibrate.latent import ATTENTION, LatentWatch
 from mopeq_edge.errors import CalibrationError
 from mopeq_edge.ggml.types import BF16, F16, MXFP4, GgmlType
+from mopeq_edge.imatrix import EMBEDDING
 from mopeq_edge.source.converter import Part
 from mopeq_edge.source.huggingface import HuggingFaceSource
 from mopeq_edge.source.model import read_rows
@@ -63,7 +64,7 @@ class BlockModel:
 
     def embed(self, tokens: npt.NDArray[np.int32]) -> Tensor:
         """Rows of the token embedding, scaled, [n_tokens, n_embd]; reads only the rows that occur."""
-        table = self._by_name["token_embd.weight"]
+        table = self._by_name[EMBEDDING]
         ids, inverse = np.unique(tokens, return_inverse=True)
         rows = read_rows(self.source, table, 0, ids)
         return torch.from_numpy(rows)[torch.from_numpy(inverse.reshape(-1))].mul_(self.embedding_scale)
@@ -71,7 +72,7 @@ class BlockModel:
     @property
     def output_name(self) -> str:
         """GGUF name of the output matrix: the embedding's when the two are tied."""
-        return "output.weight" if "output.weight" in self._by_name else "token_embd.weight"
+        return "output.weight" if "output.weight" in self._by_name else EMBEDDING
 
     def output_matrix(self) -> Tensor:
         """The output matrix [n_vocab, n_embd]."""

@@ -106,6 +106,11 @@ def is_stack(tensor: SourceTensor) -> bool:
     return tensor.projection is not None and len(tensor.shape) == 3
 
 
+def expert_stacks(source: Source) -> tuple[SourceTensor, ...]:
+    """The stacks that a plan chooses types for, in writing order."""
+    return tuple(tensor for tensor in source.tensors if is_stack(tensor) and tensor.quantizable)
+
+
 def _units(tensor: SourceTensor) -> int:
     """Types to choose: one an expert; a stack of another kind (a matrix a head) has one type."""
     return tensor.n_matrices if is_stack(tensor) else 1

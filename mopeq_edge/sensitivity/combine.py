@@ -1,8 +1,8 @@
 """``fisher-trace``: what gradients and the Hessian's trace say of an expert, averaged.
 
-The two err in different ways. ``fisher`` knows which inputs matter, but it is local, and it lacks what a weight does to
-tokens that attend to its own; ``trace`` is measured with all weights moved, on true labels, and knows nothing of
-inputs. Their mean predicts single experts and whole maps better than either. The trace is scaled to the fisher damage
+The two err in different ways. ``fisher`` knows which inputs matter and draws its labels from the model; ``trace`` is
+measured with all weights moved, on true labels, and knows nothing of inputs. Why that helps is not known; that plans by
+the mean are at least as good as by either was measured (docs/study.md). The trace is scaled to the fisher damage
 of all experts together: it says how damage spreads over experts, not what experts are worth beside other matrices.
 """
 

@@ -17,7 +17,7 @@ from mopeq_edge.gguf_file import KV
 from mopeq_edge.output_kvs import IMATRIX_NAME, Provenance, output_kvs
 from mopeq_edge.pipeline import Context, run_sensitivity, source_gguf
 from mopeq_edge.pipeline_calibrate import Calibrated, CalibrationRequest, run_calibrate
-from mopeq_edge.plan.per_expert import is_stack
+from mopeq_edge.plan.per_expert import expert_stacks
 from mopeq_edge.sensitivity.table import SensitivityTable
 from mopeq_edge.source.model import SourceTensor
 from mopeq_edge.study.block_cache import BlockCache
@@ -51,7 +51,7 @@ class Setup:
     @cached_property
     def stacks(self) -> tuple[SourceTensor, ...]:
         """The stacks of experts, in writing order."""
-        return tuple(t for t in self.context.source.tensors if is_stack(t) and t.quantizable)
+        return expert_stacks(self.context.source)
 
     @cached_property
     def made_from(self) -> str:
