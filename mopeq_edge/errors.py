@@ -24,6 +24,14 @@ class PlanError(MopeqError):
     """A budget or a choice of types that no plan can meet."""
 
 
+class NoRoomError(PlanError):
+    """A budget below the smallest possible file, which has ``smallest`` bytes."""
+
+    def __init__(self, smallest: int, message: str) -> None:
+        super().__init__(message)
+        self.smallest = smallest
+
+
 class OutputError(MopeqError):
     """A place where the result cannot be written."""
 

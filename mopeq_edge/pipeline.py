@@ -28,6 +28,7 @@ from mopeq_edge.sensitivity.pricing import Statistics, require_scores
 from mopeq_edge.sensitivity.run import measure_sensitivity
 from mopeq_edge.sensitivity.table import SensitivityTable, read_table, write_table
 from mopeq_edge.source.model import Source
+from mopeq_edge.source.padded import PaddedSource, expert_padding
 from mopeq_edge.split import part_paths
 from mopeq_edge.workdir import WorkDirectory
 
@@ -43,6 +44,8 @@ def run_sensitivity(
 ) -> SensitivityTable:
     """The sensitivity stage; ``calibrated`` None measures without an imatrix."""
     inputs = [context.source_sha256, calibrated.made_from if calibrated else NO_IMATRIX]
+    if (padding := expert_padding(context.source)) is not None:
+        inputs.append(f"padded to {padding.padded}")
     if calibrated is not None and calibrated.statistics.traces is not None:
         inputs.append(calibrated.statistics.traces.made_from)
     made_from = digest(["sensitivity 3", *inputs, sorted(t.name for t in types), quantize_with, sample_rows])
@@ -127,15 +130,18 @@ def run_emit(
     :func:`output_files`. Raises :class:`PlanError` if these are larger than the plan's budget.
     """
     kind = quantize_with or plan.quantized_with
-    types = plan.type_of()
-    kvs = _final_kvs(context, plan, statistics, kind)
-    total = sum(place.file_size for place in planned_files(context.source, types, kvs, split_bytes))
+    types, source = plan.type_of(), planned_source(context.source, plan)
+    kvs = _final_kvs(context, source, plan, statistics, kind)
+    total = sum(place.file_size for place in planned_files(source, types, kvs, split_bytes))
     if split_bytes is not None and plan.budget_bytes is not None and total > plan.budget_bytes:
         raise PlanError(
             f"{output}: in several files it has {total} bytes, {plan.budget_bytes} were allowed when it was planned; "
             "plan again with the same --split-max-size"
         )
-    return _emit(context, types, kvs, statistics.imatrix(kind), output, quantizer, split_bytes)
+    imatrix = statistics.imatrix(kind)
+    if plan.expert_padding is not None:
+        imatrix = plan.expert_padding.imatrix(imatrix, {t.name: t for t in context.source.tensors})
+    return _emit(context, source, types, kvs, imatrix, output, quantizer, split_bytes)
 
 
 def output_files(
@@ -144,13 +150,28 @@ def output_files(
     """The files that :func:`run_emit` writes; llama.cpp wants the first."""
     if split_bytes is None:
         return (output,)
-    kvs = _final_kvs(context, plan, statistics, plan.quantized_with)
-    return tuple(part_paths(output, len(planned_files(context.source, plan.type_of(), kvs, split_bytes))))
+    source = planned_source(context.source, plan)
+    kvs = _final_kvs(context, source, plan, statistics, plan.quantized_with)
+    return tuple(part_paths(output, len(planned_files(source, plan.type_of(), kvs, split_bytes))))
 
 
-def _final_kvs(context: Context, plan: Plan, statistics: Statistics, kind: str) -> dict[str, KV]:
-    specs = file_specs(context.source.tensors, plan.type_of())
-    return _kvs(context, statistics, kind, file_type_of(specs), plan.sha256)
+def planned_source(source: Source, plan: Plan) -> Source:
+    """``source`` with its experts padded if ``plan`` has them so. Raises :class:`PlanError` if they cannot be."""
+    padding = plan.expert_padding
+    if padding is None:
+        return source
+    if expert_padding(source) != padding:
+        raise PlanError(
+            f"{source.path}: the plan pads experts from {padding.width} to {padding.padded} ({padding.key}), and these "
+            "do not ask for it; the plan was made for another model, run mopeq-edge plan again"
+        )
+    return PaddedSource(source, padding)
+
+
+def _final_kvs(context: Context, source: Source, plan: Plan, statistics: Statistics, kind: str) -> dict[str, KV]:
+    specs = file_specs(source.tensors, plan.type_of())
+    kvs = _kvs(context, statistics, kind, file_type_of(specs), plan.sha256)
+    return kvs if plan.expert_padding is None else plan.expert_padding.kvs(kvs)
 
 
 def source_gguf(context: Context) -> Path:
@@ -160,13 +181,14 @@ def source_gguf(context: Context) -> Path:
     name, made_from = "source.gguf", digest(["source 1", context.source_sha256])
     if not context.work.has("source", made_from):
         types: Types = {t.name: t.type for t in context.source.tensors}
-        _emit(context, types, context.source.kvs, None, context.work.file(name))
+        _emit(context, context.source, types, context.source.kvs, None, context.work.file(name))
         context.work.record("source", made_from, [name])
     return context.work.file(name)
 
 
 def _emit(
     context: Context,
+    source: Source,
     types: Types,
     kvs: Mapping[str, KV],
     imatrix: Imatrix | None,
@@ -175,9 +197,7 @@ def _emit(
     split_bytes: int | None = None,
 ) -> int:
     ggml, threads, progress = quantizer or load_ggml(), context.threads, context.progress
-    return emit(
-        context.source, types, kvs, imatrix, ggml, output, threads=threads, progress=progress, split_bytes=split_bytes
-    )
+    return emit(source, types, kvs, imatrix, ggml, output, threads=threads, progress=progress, split_bytes=split_bytes)
 
 
 def imatrix_file(kind: str) -> str:
@@ -202,7 +222,7 @@ def load_sensitivity(work: WorkDirectory) -> SensitivityTable:
 def check_plan(plan: Plan, source: Source) -> None:
     """Raise :class:`PlanError` for a plan that was made for another model."""
     planned = {t.name: t.shape for t in plan.tensors}
-    for tensor in source.tensors:
+    for tensor in planned_source(source, plan).tensors:
         if planned.pop(tensor.name, None) != tensor.shape:
             raise PlanError(
                 f"tensor '{tensor.name}' of {source.path} has shape {list(tensor.shape)} and is not so in the plan; "

@@ -100,6 +100,13 @@ plan_options = _stack(
         "auto is fisher-trace with --trace, else fisher; for a GGUF imatrix; for --planner mopeq mopeq.",
     ),
     click.option("--types", default="default", show_default=True, help="Candidate types: default, k, all, or a list."),
+    click.option(
+        "--pad-experts",
+        type=click.Choice(["auto", "never", "always"]),
+        default="auto",
+        show_default=True,
+        help="Pad experts to a multiple of 256 with zeros, so that down matrices take 2- and 3-bit types.",
+    ),
     click.option("--floor", "floors", multiple=True, help="ROLE=TYPE or ROLE=BITS: least type of a role."),
     click.option(
         "--layout",
@@ -158,12 +165,14 @@ def plan_request(given: Mapping[str, Any]) -> PlanOptions:
         for name in ("scope", "bits"):
             if given[name] is not None:
                 raise PlanError(f"--{name} {given[name]}: belongs to --planner mopeq; add that, or leave it out")
-        return PlanOptions(sensitivity, types, floors, given["layout"] or "stock", split_bytes=split_bytes(given))
+        layout, padding = given["layout"] or "stock", given["pad_experts"]
+        return PlanOptions(sensitivity, types, floors, layout, split_bytes=split_bytes(given), pad_experts=padding)
     asked = MapOptions(given["scope"] or PER_MODEL, parse_bits(given["bits"] or ""))
     # one measurement serves both planners
     every = tuple(sorted({*types, *asked.types}, key=lambda kind: (kind.bpw, kind.name)))
     paper = "mopeq" if sensitivity == "auto" else sensitivity
-    return PlanOptions(paper, every, floors, given["layout"] or "per-expert", asked, split_bytes(given))
+    layout = given["layout"] or "per-expert"
+    return PlanOptions(paper, every, floors, layout, asked, split_bytes(given), given["pad_experts"])
 
 
 def calibration_text(model: Path, text: Path | None, imatrix: Path | None) -> Path | None:

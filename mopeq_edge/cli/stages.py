@@ -146,12 +146,13 @@ def plan(model: Path, **given: Any) -> None:
     from mopeq_edge.atomic import atomic_write
     from mopeq_edge.cli.console import console_progress, print_json, print_table
     from mopeq_edge.pipeline import load_sensitivity, run_forecast, run_plan
-    from mopeq_edge.plan.artifact import require_stock, tensor_type_lines, write_plan
+    from mopeq_edge.plan.artifact import tensor_type_lines, write_plan
+    from mopeq_edge.plan.options import for_llama_quantize
     from mopeq_edge.sensitivity.scores import BEST
 
     budget, request = options.budget(given), options.plan_request(given)
     if given["tensor_type_file"] is not None:
-        require_stock(request.layout)
+        request = for_llama_quantize(request)
     with console_progress() as progress:
         context = _context(model, given, progress)
         calibrated = _finished_calibration(context)
@@ -185,6 +186,8 @@ def plan_table(made: Plan, comparison: Forecast | None) -> Any:
         ("predicted damage", f"{made.damage:.6g} {made.unit} ({made.sensitivity})"),
         planner_row(made),
     ]
+    if (padding := made.expert_padding) is not None:
+        rows.append(("experts", f"padded with zeros from {padding.width} to {padding.padded} neurons"))
     if comparison is not None:
         rows.append(("layouts", comparison.sentence()))
     return rows_table(f"plan, {made.layout} layout", rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -10,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from mopeq_edge.artifacts import digest, read_json, write_json
-from mopeq_edge.errors import FormatError, PlanError
+from mopeq_edge.errors import FormatError
 from mopeq_edge.expert_groups.layout import ExpertGroup, Grouping
 from mopeq_edge.ggml.types import BY_NAME, F32, I32, GgmlType
 from mopeq_edge.source.model import SourceTensor
+from mopeq_edge.source.padded import ExpertPadding
 from mopeq_edge.units import plural
 
-FORMAT, VERSION = "mopeq-edge plan", 3
+FORMAT, VERSION = "mopeq-edge plan", 4
 STOCK, PER_EXPERT = "stock", "per-expert"
 LAYOUTS = (STOCK, PER_EXPERT)
 KNAPSACK, MOPEQ = "knapsack", "mopeq"
@@ -101,7 +101,10 @@ class Plan:
     types: tuple[str, ...]
     made_from: str
     tensors: tuple[PlannedTensor, ...]
+    n_weights: int
+    """Of the source: zeros that pad experts do not count."""
     precision_map: PrecisionMap | None = None
+    expert_padding: ExpertPadding | None = None
 
     def type_of(self) -> dict[str, GgmlType | Grouping]:
         """Type, or groups of types, by tensor name."""
@@ -123,8 +126,7 @@ class Plan:
     @property
     def bpw(self) -> float:
         """llama.cpp's bits per weight: tensor data over the number of weights."""
-        weights = sum(math.prod(tensor.shape) for tensor in self.tensors)
-        return 8 * (self.file_bytes - self.header_bytes) / weights
+        return 8 * (self.file_bytes - self.header_bytes) / self.n_weights
 
     @property
     def sha256(self) -> str:
@@ -147,6 +149,8 @@ def read_plan(path: Path) -> Plan:
         fields["tensors"] = tuple(_tensor(t) for t in fields["tensors"])
         fields["types"] = tuple(fields["types"])
         fields["precision_map"] = _precision_map(fields["precision_map"])
+        padding = fields["expert_padding"]
+        fields["expert_padding"] = None if padding is None else ExpertPadding(**padding)
         plan = Plan(**fields)
         plan.type_of()
     except (KeyError, TypeError, ValueError) as error:
@@ -187,15 +191,6 @@ def ids_of(runs: str) -> tuple[int, ...]:
     if id_runs(ids) != runs or ids != sorted(set(ids)):
         raise ValueError(f"experts '{runs}'")
     return tuple(ids)
-
-
-def require_stock(layout: str) -> None:
-    """Raise :class:`PlanError` if a plan of this layout cannot be given to llama-quantize."""
-    if layout != STOCK:
-        raise PlanError(
-            f"--tensor-type-file: llama-quantize writes the stock layout only, this plan is '{layout}'; "
-            "leave it out and use mopeq-edge emit, or plan with --layout stock"
-        )
 
 
 def tensor_type_lines(types: Mapping[str, str]) -> str:

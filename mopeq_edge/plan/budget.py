@@ -9,6 +9,7 @@ from mopeq_edge.errors import PlanError
 from mopeq_edge.gguf_file import KV
 from mopeq_edge.gguf_layout import TensorSpec, layout
 from mopeq_edge.source.model import Source, SourceTensor
+from mopeq_edge.source.padded import unpadded
 from mopeq_edge.units import GB, GIB
 
 
@@ -41,6 +42,10 @@ class Budget:
             return int(round(self.gib * GIB, 3)) - self.reserve
         assert self.bpw is not None
         return header_bytes + int(self.bpw * sum(t.n_weights for t in tensors) / 8)
+
+    def limit(self, source: Source, kvs: Mapping[str, KV]) -> int:
+        """The same for the file that ``source`` and ``kvs`` make; zeros that pad experts are no weights."""
+        return self.file_bytes(source_header_bytes(source, kvs), unpadded(source).tensors)
 
     def __str__(self) -> str:
         kept = f" less {self.reserve} bytes for the headers of several files" if self.reserve else ""

@@ -14,6 +14,7 @@ from mopeq_edge.plan.per_expert import planned_tensor
 from mopeq_edge.sensitivity.scores import UNITS
 from mopeq_edge.sensitivity.table import SensitivityTable
 from mopeq_edge.source.model import Source, SourceTensor
+from mopeq_edge.source.padded import unpadded
 
 
 def predicted(tensors: Iterable[SourceTensor], types: Types, table: SensitivityTable, score: str) -> dict[str, float]:
@@ -63,5 +64,6 @@ def fixed_plan(
         quantized_with=table.quantized_with,
         types=(),
         made_from=digest([table.made_from, planner, sensitivity]),
+        n_weights=sum(t.n_weights for t in unpadded(source).tensors),
         tensors=tuple(planned_tensor(t, types[t.name], nbytes, damages[t.name]) for t in source.tensors),
     )

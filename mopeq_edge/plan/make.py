@@ -6,26 +6,27 @@ The paper's planner, which asks for no budget, is in :mod:`mopeq_edge.plan.mopeq
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mopeq_edge.artifacts import digest
-from mopeq_edge.errors import PlanError
+from mopeq_edge.errors import NoRoomError, PlanError
 from mopeq_edge.ggml.types import BY_NAME
 from mopeq_edge.gguf_file import KV
 from mopeq_edge.gguf_layout import padded_nbytes
 from mopeq_edge.plan.artifact import KNAPSACK, STOCK, Plan, PlannedTensor
 from mopeq_edge.plan.budget import Budget, source_header_bytes
 from mopeq_edge.plan.candidates import Allowed, candidates
-from mopeq_edge.plan.mopeq import map_size_range, mopeq_plan, require_map_budget
-from mopeq_edge.plan.options import PlanOptions
+from mopeq_edge.plan.mopeq import map_size_range, mopeq_plan, require_map_room
+from mopeq_edge.plan.options import ALWAYS, NEVER, PlanOptions
 from mopeq_edge.plan.per_expert import per_expert_plan
 from mopeq_edge.plan.solve import Group, largest_cost, smallest_cost, solve
 from mopeq_edge.plan.split import plan_in_files, types_in_a_file
 from mopeq_edge.sensitivity.scores import UNITS
 from mopeq_edge.sensitivity.table import SensitivityTable
 from mopeq_edge.source.model import Source, SourceTensor
+from mopeq_edge.source.padded import BLOCK, PaddedSource, expert_padding, unpadded
 from mopeq_edge.split import split_layouts
 from mopeq_edge.units import format_bytes
 
@@ -47,9 +48,32 @@ def make_plan(
     """Plan the file that ``kvs`` and ``source`` make. The predicted size is the written size, to the byte.
 
     The smallest and the largest file are the same in both layouts, and so are the bytes that a budget in bits per
-    weight means. Raises :class:`PlanError` for a budget below the exact minimum, which the message states, and
-    without a budget unless the paper's map is asked for.
+    weight means. Where experts may be padded, both ways are planned and the one of less damage is taken, without a
+    budget the smaller one. Raises :class:`PlanError` for a budget below the exact minimum, which the message states,
+    and without a budget unless the paper's map is asked for.
     """
+    plans: list[Plan] = []
+    refused: list[PlanError] = []
+    for own, own_kvs in padding_choices(source, kvs, options.pad_experts):
+        try:
+            plan = _plan_of(own, table, own_kvs, budget, options)
+        except PlanError as error:
+            refused.append(error)
+        else:
+            padding = own.padding if isinstance(own, PaddedSource) else None
+            plans.append(replace(plan, expert_padding=padding))
+    if not plans:
+        raise min(refused, key=lambda error: error.smallest if isinstance(error, NoRoomError) else -1)
+    best = min(plans, key=lambda plan: (0.0 if budget is None else plan.damage, plan.file_bytes))
+    smallest = [plan.smallest_bytes for plan in plans] + [e.smallest for e in refused if isinstance(e, NoRoomError)]
+    largest = plans[0].largest_bytes if len(plans) > 1 else size_range(source, kvs, options, has_imatrix=True)[1]
+    return replace(best, smallest_bytes=min(smallest), largest_bytes=largest)
+
+
+def _plan_of(
+    source: Source, table: SensitivityTable, kvs: Mapping[str, KV], budget: Budget | None, options: PlanOptions
+) -> Plan:
+    """:func:`make_plan` of ``source`` as it is."""
     if options.precision_map is not None:
         return mopeq_plan(source, table, kvs, budget, options)
     if budget is None:
@@ -77,7 +101,7 @@ def _stock_plan(
     choices = _choices(source, allowed, header)
     smallest = choices.fixed_bytes + smallest_cost(choices.groups)
     largest = choices.fixed_bytes + largest_cost(choices.groups)
-    limit = budget.file_bytes(header, source.tensors)
+    limit = budget.limit(source, kvs)
     _require_room(budget, limit, smallest)
     solution = solve(choices.groups, limit - choices.fixed_bytes)
     chosen = {
@@ -108,31 +132,53 @@ def _stock_plan(
             [table.made_from, options.sensitivity, sorted((r.value, b) for r, b in options.floors.items())]
         ),
         tensors=tuple(planned),
+        n_weights=sum(t.n_weights for t in unpadded(source).tensors),
     )
 
 
 def require_budget(source: Source, kvs: Mapping[str, KV], budget: Budget, options: PlanOptions) -> None:
     """Raise :class:`PlanError` for a budget that no plan can meet, from shapes alone: before hours of work."""
-    if options.precision_map is not None:
-        require_map_budget(source, kvs, budget, options)
-        return
-    header = source_header_bytes(source, kvs)
     if options.split_bytes is not None:
         split_layouts(kvs, [], options.split_bytes)
     smallest, _ = size_range(source, kvs, options, has_imatrix=True)
-    _require_room(budget, budget.file_bytes(header, source.tensors), smallest)
+    require = _require_room if options.precision_map is None else require_map_room
+    require(budget, budget.limit(source, kvs), smallest)
 
 
 def _require_room(budget: Budget, limit: int, smallest: int) -> None:
     if limit < smallest:
-        raise PlanError(
+        raise NoRoomError(
+            smallest,
             f"budget of {budget} ({limit} bytes): the smallest file these types and floors allow has {smallest} "
-            f"bytes ({format_bytes(smallest)}); raise the budget, add smaller --types or lower a --floor"
+            f"bytes ({format_bytes(smallest)}); raise the budget, add smaller --types or lower a --floor",
         )
 
 
 def size_range(source: Source, kvs: Mapping[str, KV], options: PlanOptions, *, has_imatrix: bool) -> tuple[int, int]:
-    """(smallest, largest) bytes that a plan can have; needs no sensitivity."""
+    """(smallest, largest) bytes that a plan can have; needs no sensitivity. Padding has no part in the largest."""
+    ranges = [
+        _size_range(own, own_kvs, options, has_imatrix=has_imatrix)
+        for own, own_kvs in padding_choices(source, kvs, options.pad_experts)
+    ]
+    return min(smallest for smallest, _ in ranges), ranges[0][1]
+
+
+def padding_choices(source: Source, kvs: Mapping[str, KV], wanted: str) -> list[tuple[Source, Mapping[str, KV]]]:
+    """``source`` and ``kvs`` as they are and with the experts padded, as far as ``wanted`` allows and it is possible.
+
+    Raises :class:`PlanError` where padding is wanted and there is none.
+    """
+    padding = None if wanted == NEVER else expert_padding(source)
+    if padding is None and wanted == ALWAYS:
+        raise PlanError(
+            f"--pad-experts always: expected experts whose width is in the key-values and no multiple of {BLOCK}; "
+            f"found none in {source.path} ({source.architecture}); leave it out"
+        )
+    plain: list[tuple[Source, Mapping[str, KV]]] = [] if wanted == ALWAYS else [(source, kvs)]
+    return plain if padding is None else [*plain, (PaddedSource(source, padding), padding.kvs(kvs))]
+
+
+def _size_range(source: Source, kvs: Mapping[str, KV], options: PlanOptions, *, has_imatrix: bool) -> tuple[int, int]:
     if options.precision_map is not None:
         return map_size_range(source, kvs, options)
     total = [source_header_bytes(source, kvs)] * 2

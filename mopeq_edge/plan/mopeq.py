@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mopeq_edge.artifacts import digest
-from mopeq_edge.errors import PlanError
+from mopeq_edge.errors import NoRoomError, PlanError
 from mopeq_edge.expert_groups.layout import Grouping, file_layout, groups_of
 from mopeq_edge.ggml.types import BY_NAME, NEEDS_IMATRIX, GgmlType
 from mopeq_edge.gguf_file import KV
 from mopeq_edge.plan.artifact import MOPEQ, PER_EXPERT, Plan, PrecisionMap
-from mopeq_edge.plan.budget import Budget, source_header_bytes
+from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.candidates import candidates
 from mopeq_edge.plan.expert_scores import expert_scores
 from mopeq_edge.plan.file_bytes import FileBytes
@@ -73,8 +73,8 @@ def mopeq_plan(
     unscaled, taken, limit = size.total, 0, None
     smallest, largest = (file_layout(kvs, source.tensors, choices.uniform(n)).file_size for n in (0, N_CLASSES - 1))
     if budget is not None:
-        limit = budget.file_bytes(source_header_bytes(source, kvs), source.tensors)
-        _require_room(budget, limit, smallest)
+        limit = budget.limit(source, kvs)
+        require_map_room(budget, limit, smallest)
         up = unscaled <= limit
         classes, taken = _scaled(classes, steps(scores, asked.scope, classes, up=up), up, limit, size, choices, stacks)
     counts = Counter(classes.values())
@@ -123,12 +123,6 @@ def map_size_range(source: Source, kvs: Mapping[str, KV], options: PlanOptions) 
     choices = _choices(source, options, options.precision_map, every)
     low, high = (file_layout(kvs, source.tensors, choices.uniform(n)).file_size for n in (0, N_CLASSES - 1))
     return low, high
-
-
-def require_map_budget(source: Source, kvs: Mapping[str, KV], budget: Budget, options: PlanOptions) -> None:
-    """Raise :class:`PlanError` for a budget that no map meets, from shapes alone."""
-    limit = budget.file_bytes(source_header_bytes(source, kvs), source.tensors)
-    _require_room(budget, limit, map_size_range(source, kvs, options)[0])
 
 
 def fitting_type(tensor: SourceTensor, wanted: GgmlType, types: Sequence[GgmlType], options: PlanOptions) -> GgmlType:
@@ -188,12 +182,14 @@ def _measured(
     return found
 
 
-def _require_room(budget: Budget, limit: int, smallest: int) -> None:
+def require_map_room(budget: Budget, limit: int, smallest: int) -> None:
+    """Raise :class:`NoRoomError` for a limit that the smallest map does not meet."""
     if limit < smallest:
-        raise PlanError(
+        raise NoRoomError(
+            smallest,
             f"budget of {budget} ({limit} bytes): the file with every expert in the lowest type of the map has "
             f"{smallest} bytes ({format_bytes(smallest)}); raise the budget, give a smaller --bits 2=TYPE or lower a "
-            "--floor"
+            "--floor",
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mopeq_edge.errors import PlanError
 from mopeq_edge.ggml.types import BY_NAME, QUANTIZABLE, GgmlType, type_named
@@ -12,6 +12,10 @@ from mopeq_edge.source.roles import Role
 
 PER_LAYER, PER_MODEL = "layer", "model"
 SCOPES = (PER_LAYER, PER_MODEL)
+
+AUTO, NEVER, ALWAYS = "auto", "never", "always"
+PADDING = (AUTO, NEVER, ALWAYS)
+"""Whether experts of an awkward width are padded: where that is better, not, or wherever it is possible."""
 
 BITS: Mapping[int, GgmlType] = {2: BY_NAME["Q2_K"], 3: BY_NAME["Q3_K"], 4: BY_NAME["Q4_K"]}
 """The GGUF type of each precision of the paper, unless ``--bits`` says otherwise."""
@@ -46,7 +50,8 @@ class PlanOptions:
     """``types`` may be chosen among, ``floors`` are least bits per weight by role, ``layout`` is one of LAYOUTS.
 
     ``precision_map`` asks for the paper's planner instead of the knapsack. ``split_bytes`` is the largest file where
-    the result is to be split into several, which share the budget; only for the stock layout.
+    the result is to be split into several, which share the budget; only for the stock layout. ``pad_experts`` is one
+    of :data:`PADDING`.
     """
 
     sensitivity: str
@@ -55,12 +60,15 @@ class PlanOptions:
     layout: str = STOCK
     precision_map: MapOptions | None = None
     split_bytes: int | None = None
+    pad_experts: str = AUTO
 
     def __post_init__(self) -> None:
         if self.split_bytes is not None and self.layout != STOCK:
             raise PlanError(
                 f"--split-max-size: layout {self.layout} cannot be split yet; leave it out, or take --layout stock"
             )
+        if self.pad_experts not in PADDING:
+            raise PlanError(f"--pad-experts {self.pad_experts}: expected {', '.join(PADDING)}")
         if self.layout not in LAYOUTS:
             raise PlanError(f"layout '{self.layout}': expected {' or '.join(LAYOUTS)}")
         if self.precision_map is not None and self.layout != PER_EXPERT:
@@ -72,6 +80,23 @@ class PlanOptions:
     @property
     def planner(self) -> str:
         return KNAPSACK if self.precision_map is None else MOPEQ
+
+
+def for_llama_quantize(options: PlanOptions) -> PlanOptions:
+    """``options`` for a plan that llama-quantize can write: the stock layout, no padding.
+
+    Raises :class:`PlanError` if they ask for anything else.
+    """
+    if options.layout != STOCK:
+        raise PlanError(
+            f"--tensor-type-file: llama-quantize writes the stock layout only, this plan is '{options.layout}'; "
+            "leave it out and use mopeq-edge emit, or plan with --layout stock"
+        )
+    if options.pad_experts == ALWAYS:
+        raise PlanError(
+            "--tensor-type-file: llama-quantize cannot pad experts, --pad-experts always asks for it; leave one out"
+        )
+    return replace(options, pad_experts=NEVER)
 
 
 def parse_bits(text: str) -> dict[int, GgmlType]:

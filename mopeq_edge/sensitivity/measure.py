@@ -13,7 +13,7 @@ from mopeq_edge.ggml.library import Ggml
 from mopeq_edge.ggml.types import BY_NAME, GgmlType
 from mopeq_edge.imatrix import Imatrix
 from mopeq_edge.sensitivity.scores import Doubles, Pricing
-from mopeq_edge.source.model import Source, SourceTensor, read_rows
+from mopeq_edge.source.model import Floats, Source, SourceTensor, read_rows
 
 ROWS_AT_ONCE = 2**21
 """Weights that one piece of work holds as float32, at most (one row at least)."""
@@ -35,6 +35,12 @@ class TensorErrors:
     damage: Mapping[str, Doubles]
     variance: Mapping[str, Doubles]
     norms: Doubles
+
+    def fitting(self, n_in: int) -> TensorErrors:
+        """Those of the types whose blocks fit rows of ``n_in`` numbers."""
+        rows = [row for row, name in enumerate(self.types) if BY_NAME[name].fits(n_in)]
+        damage, variance = ({s: v[rows] for s, v in found.items()} for found in (self.damage, self.variance))
+        return TensorErrors(tuple(self.types[row] for row in rows), damage, variance, self.norms)
 
     def middle_type(self) -> int | None:
         """The row of the quantized type nearest to :data:`MIDDLE_BPW`; None if there is none."""
@@ -58,12 +64,14 @@ def measure_tensor(
     ggml: Ggml,
     pool: ThreadPoolExecutor,
     *,
+    padded_in: int | None = None,
     sample_rows: int | None = None,
     on_matrix: Callable[[], None] = lambda: None,
 ) -> TensorErrors:
     """Errors of ``tensor`` for ``types`` (its own type last), by score; ``pricings[score]`` has one a matrix.
 
-    The quantizer weighs with ``imatrix`` as it will when the file is written.
+    The quantizer weighs with ``imatrix`` as it will when the file is written. A type whose blocks do not fit the rows
+    is measured on rows of ``padded_in`` numbers, with zeros behind, as a padded file has them (``source.padded``).
     """
     entry = imatrix.entries.get(tensor.name) if imatrix is not None else None
     weights = entry.mean() if entry is not None else None
@@ -74,15 +82,22 @@ def measure_tensor(
     squares = {score: np.zeros(shape) for score in pricings}
     norms = np.zeros(tensor.n_matrices)
     at_once = max(1, ROWS_AT_ONCE // tensor.n_in)
+    behind = (0, (padded_in or tensor.n_in) - tensor.n_in)
+
+    def error_of(kind: GgmlType, w: Floats, own: Floats | None) -> Floats:
+        if not kind.fits(tensor.n_in):
+            w = np.pad(w, ((0, 0), behind))
+            own = None if own is None else np.pad(own, behind)
+        error = ggml.dequantize(kind, ggml.quantize(kind, w, own), w.shape[1])
+        error -= w
+        return error[:, : tensor.n_in]
 
     def one_piece(matrix: int, piece: npt.NDArray[np.int64]) -> tuple[float, dict[str, Doubles], dict[str, Doubles]]:
         w = read_rows(source, tensor, matrix, piece)
         sums = {score: np.zeros(len(types)) for score in pricings}
         sums2 = {score: np.zeros(len(types)) for score in pricings}
         for index, kind in enumerate(types[:-1]):
-            blocks = ggml.quantize(kind, w, None if weights is None else weights[matrix])
-            error = ggml.dequantize(kind, blocks, tensor.n_in)
-            error -= w
+            error = error_of(kind, w, None if weights is None else weights[matrix])
             error *= error
             for score, by_matrix in pricings.items():
                 per_row = by_matrix[matrix].row_damage(error, piece)

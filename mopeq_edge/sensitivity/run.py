@@ -17,6 +17,7 @@ from mopeq_edge.sensitivity.pricing import Statistics, pricings
 from mopeq_edge.sensitivity.scores import DERIVED, Doubles, mopeq_score
 from mopeq_edge.sensitivity.table import SensitivityTable
 from mopeq_edge.source.model import Source, SourceTensor, magnitude
+from mopeq_edge.source.padded import expert_padding
 from mopeq_edge.source.roles import Role
 
 SINGLE_MATRIX_ROWS = 8
@@ -40,8 +41,10 @@ def measure_sensitivity(
     ``quantize_with`` chooses the imatrix that weighs the quantizer: ``activation``, ``gradient`` or ``none``.
     Floors do not apply here, so one table serves every choice of floors. ``sample_rows`` rows are measured of each
     matrix of a stack, :data:`SINGLE_MATRIX_ROWS` times as many of other tensors; None measures all. A type that does
-    not hold the largest weight of a tensor, of all its rows, is left out for it.
+    not hold the largest weight of a tensor, of all its rows, is left out for it. Where experts can be padded, the types
+    that only padded rows take are measured as well.
     """
+    padding = expert_padding(source)
     imatrix = statistics.imatrix(quantize_with)
     tensors = [t for t in source.tensors if t.quantizable]
     with ThreadPoolExecutor(threads) as pool:
@@ -51,8 +54,9 @@ def measure_sensitivity(
         with progress.step("sensitivity", total_matrices(tensors)) as step:
             for tensor in tensors:
                 has_imatrix = imatrix is not None and tensor.name in imatrix.entries
+                padded = tensor if padding is None else padding.tensor(tensor)
                 chosen = candidates(
-                    tensor, types, has_imatrix=has_imatrix, floors={}, largest=float(largest[tensor.name].max())
+                    padded, types, has_imatrix=has_imatrix, floors={}, largest=float(largest[tensor.name].max())
                 )
                 score = mopeq[tensor.layer] if tensor.role is Role.EXPERT and tensor.layer is not None else None
                 own = _own_mopeq(tensor, norms[tensor.name]) if score is None else list(score)
@@ -64,6 +68,7 @@ def measure_sensitivity(
                     imatrix,
                     ggml,
                     pool,
+                    padded_in=padded.n_in,
                     sample_rows=_rows_to_measure(tensor, sample_rows),
                     on_matrix=step.advance,
                 )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from mopeq_edge.errors import PlanError
 from mopeq_edge.sensitivity.combine import with_fisher_trace
 from mopeq_edge.sensitivity.measure import TensorErrors
 from mopeq_edge.sensitivity.scores import FISHER_TRACE, Doubles
+from mopeq_edge.source.model import SourceTensor
 
 FORMAT, VERSION = "mopeq-edge sensitivity", "1"
 
@@ -44,6 +45,11 @@ class SensitivityTable:
                 "run sensitivity again on this source"
             )
         return errors
+
+    def fitting(self, tensors: Iterable[SourceTensor]) -> SensitivityTable:
+        """Without the types that ``tensors`` take only when they are padded (``source.padded``)."""
+        n_in = {tensor.name: tensor.n_in for tensor in tensors}
+        return replace(self, errors={name: own.fitting(n_in[name]) for name, own in self.errors.items()})
 
     def relative_error(self, score: str) -> float:
         """Largest sampling standard error of a tensor's damage (all its experts), relative to the damage."""

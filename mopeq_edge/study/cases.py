@@ -12,7 +12,7 @@ from mopeq_edge.plan.artifact import KNAPSACK, LAYOUTS, MOPEQ, STOCK, Plan
 from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.candidates import FLOORS
 from mopeq_edge.plan.fixed import fixed_plan
-from mopeq_edge.plan.options import MapOptions, PlanOptions
+from mopeq_edge.plan.options import NEVER, MapOptions, PlanOptions
 from mopeq_edge.study.controls import (
     CONTROLS,
     HAND,
@@ -113,7 +113,9 @@ def grid_cases(setup: Setup, grid: Grid) -> list[Case]:
 
 
 def _plan(setup: Setup, budget: Budget, sensitivity: str, planner: str, layout: str) -> Plan:
-    options = PlanOptions(sensitivity, setup.types, FLOORS, layout, MapOptions() if planner == MOPEQ else None)
+    options = PlanOptions(
+        sensitivity, setup.types, FLOORS, layout, MapOptions() if planner == MOPEQ else None, pad_experts=NEVER
+    )
     return plan_only(setup.context, setup.table, setup.calibrated.statistics, budget, options)
 
 

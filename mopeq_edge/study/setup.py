@@ -75,7 +75,9 @@ def prepare(
 ) -> Setup:
     """Run the stages that the work directory lacks, and the source on ``n_windows`` windows of ``text``."""
     calibrated = run_calibrate(context, calibration)
-    table = run_sensitivity(context, calibrated, types, calibrated.statistics.richest, None)
+    # every file of a study has the same shapes: nothing is padded
+    measured = run_sensitivity(context, calibrated, types, calibrated.statistics.richest, None)
+    table = measured.fitting(context.source.tensors)
     reference = make_reference(
         source_gguf(context),
         text,

@@ -221,12 +221,13 @@ def test_plan_json(source: MemorySource, damages: SensitivityTable, tmp_path: Pa
     write_plan(found, paths[1])
     assert paths[0].read_bytes() == paths[1].read_bytes()
     document = json.loads(paths[0].read_text())
-    assert (document["format"], document["version"]) == ("mopeq-edge plan", 3)
+    assert (document["format"], document["version"]) == ("mopeq-edge plan", 4)
     assert list(document) == sorted(document)
 
 
 @pytest.mark.parametrize(
-    "change", [{"version": 1}, {"version": 2}, {"version": "3"}, {"version": None}, {"format": "mopeq-edge x"}]
+    "change",
+    [{"version": 1}, {"version": 2}, {"version": 3}, {"version": "4"}, {"version": None}, {"format": "mopeq-edge x"}],
 )
 def test_another_version_of_plan_json(
     source: MemorySource, damages: SensitivityTable, tmp_path: Path, change: dict[str, Any]
@@ -234,7 +235,7 @@ def test_another_version_of_plan_json(
     path = tmp_path / "plan.json"
     write_plan(make_plan(source, damages, source.kvs, Budget(bpw=5), options()), path)
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(FormatError, match=f"^{path}: expected 'mopeq-edge plan' version 3, found .*; make it again"):
+    with pytest.raises(FormatError, match=f"^{path}: expected 'mopeq-edge plan' version 4, found .*; make it again"):
         read_plan(path)
 
 

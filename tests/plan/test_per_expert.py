@@ -260,7 +260,7 @@ def test_plan_json(tmp_path: Path) -> None:
     found = read_plan(tmp_path / "plan.json")
     assert (found, found.sha256) == (plan, plan.sha256)
     document = json.loads((tmp_path / "plan.json").read_text())
-    assert (document["layout"], document["version"]) == ("per-expert", 3)
+    assert (document["layout"], document["version"]) == ("per-expert", 4)
     stack = next(t for t in document["tensors"] if t["type"] == MIXED)
     assert {type(group["experts"]) for group in stack["groups"]} == {str}
     # a type and its experts on a line each, not a line for every expert
