@@ -107,6 +107,7 @@ class Converted:
         return {
             "budget_bytes": self.plan.budget_bytes,
             "evaluation": self.evaluation.as_dict() if self.evaluation is not None else None,
+            "expert_padding": asdict(self.plan.expert_padding) if self.plan.expert_padding is not None else None,
             "file_bytes": self.file_bytes,
             "imatrix": asdict(self.choice),
             "layout": self.plan.layout,

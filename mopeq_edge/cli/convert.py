@@ -113,7 +113,7 @@ def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Conver
 
 def _table(result: Converted) -> Any:
     from mopeq_edge.cli.console import rows_table
-    from mopeq_edge.cli.stages import planner_row, size_of
+    from mopeq_edge.cli.stages import padding_row, planner_row, size_of
     from mopeq_edge.units import format_bytes
 
     plan, evaluation = result.plan, result.evaluation
@@ -123,6 +123,7 @@ def _table(result: Converted) -> Any:
         ("file", size_of(plan, result.file_bytes)),
         *([("files", f"{len(result.files)}, give llama.cpp the first")] if len(result.files) > 1 else []),
         ("types", types),
+        *padding_row(plan),
         planner_row(plan),
         ("imatrix", result.choice.sentence()),
         ("predicted damage", f"{plan.damage:.6g} {plan.unit} ({plan.sensitivity})"),

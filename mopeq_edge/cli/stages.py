@@ -186,8 +186,7 @@ def plan_table(made: Plan, comparison: Forecast | None) -> Any:
         ("predicted damage", f"{made.damage:.6g} {made.unit} ({made.sensitivity})"),
         planner_row(made),
     ]
-    if (padding := made.expert_padding) is not None:
-        rows.append(("experts", f"padded with zeros from {padding.width} to {padding.padded} neurons"))
+    rows += padding_row(made)
     if comparison is not None:
         rows.append(("layouts", comparison.sentence()))
     return rows_table(f"plan, {made.layout} layout", rows)
@@ -197,6 +196,12 @@ def size_of(made: Plan, file_bytes: int) -> str:
     """Bytes of the file, what was allowed, and bits per weight."""
     allowed = f" of {made.budget_bytes:,} allowed" if made.budget_bytes is not None else ", no target"
     return f"{file_bytes:,} bytes{allowed} ({made.bpw:.3f} bpw)"
+
+
+def padding_row(made: Plan) -> list[tuple[str, str]]:
+    """Whether the experts are padded."""
+    padding = made.expert_padding
+    return [] if padding is None else [("experts", f"padded with zeros from {padding.width} to {padding.padded}")]
 
 
 def planner_row(made: Plan) -> tuple[str, str]:
