@@ -46,7 +46,7 @@ class PlanOptions:
     """``types`` may be chosen among, ``floors`` are least bits per weight by role, ``layout`` is one of LAYOUTS.
 
     ``precision_map`` asks for the paper's planner instead of the knapsack. ``split_bytes`` is the largest file where
-    the result is to be split into several, which share the budget; only for the stock layout.
+    the result is to be split into several, which share the budget.
     """
 
     sensitivity: str
@@ -57,10 +57,6 @@ class PlanOptions:
     split_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        if self.split_bytes is not None and self.layout != STOCK:
-            raise PlanError(
-                f"--split-max-size: layout {self.layout} cannot be split yet; leave it out, or take --layout stock"
-            )
         if self.layout not in LAYOUTS:
             raise PlanError(f"layout '{self.layout}': expected {' or '.join(LAYOUTS)}")
         if self.precision_map is not None and self.layout != PER_EXPERT:
