@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -9,8 +11,9 @@ import pytest
 from mopeq_edge.emit import planned_files
 from mopeq_edge.errors import PlanError
 from mopeq_edge.expert_groups.layout import file_specs
-from mopeq_edge.ggml.types import BY_NAME
-from mopeq_edge.gguf_layout import Layout, layout
+from mopeq_edge.ggml.types import BY_NAME, GgmlType
+from mopeq_edge.gguf_layout import Layout, layout, string
+from mopeq_edge.output_kvs import PLAN_KEY
 from mopeq_edge.plan.artifact import MIXED, PER_EXPERT, Plan
 from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.candidates import DEFAULT_TYPES, FLOORS
@@ -154,20 +157,25 @@ def test_no_group_of_a_type_that_no_file_has_room_for(source: MemorySource) -> N
 
 
 def test_small_matrices_with_long_names() -> None:
-    """A group without one expert can need a larger file than the stack: of every limit the planner keeps to it."""
-    stack = SourceTensor("blk.0.ffn_up_exps.weight", (32, 1, 3), BY_NAME["F32"])
-    kind, own = BY_NAME["Q4_0"], split_kvs(1, 2, 1)
-    sizes = []
-    for n in (1, 2, 3):
-        name = stack.name if n == 3 else "blk.0.ffn_up_exps.0.weight"
-        sizes.append(layout(own, [(name, (32, 1, n), kind)]).file_size)
-    sizes.append(layout(own, [("blk.0.ffn_up_exps.map", (3, 3), BY_NAME["I32"])]).file_size)
-    for limit in range(min(sizes) - 32, max(sizes) + 32, 8):
-        if limit >= max(sizes):
-            assert types_in_a_file(stack, [kind], KVS, limit) == (kind,)
-        else:
-            with pytest.raises(PlanError, match=f"alone needs a file of {max(sizes)} bytes"):
-                types_in_a_file(stack, [kind], KVS, limit)
+    """A group without one expert, or a map, can need a larger file than the stack: the planner keeps to that too."""
+    kind, largest = BY_NAME["Q4_0"], Counter[str]()
+    for n_expert, length in itertools.product((1, 2, 3, 9), range(32)):
+        kvs = {PLAN_KEY: string("a" * length)}
+        n_groups = min(7, n_expert)
+        parts: dict[str, tuple[tuple[int, ...], GgmlType]] = {"blk.0.ffn_up_exps.weight": ((32, 1, n_expert), kind)}
+        for n in range(1, n_expert):
+            parts[f"blk.0.ffn_up_exps.{n % n_groups}.weight"] = (32, 1, n), kind
+        if n_expert > 1:
+            parts["blk.0.ffn_up_exps.map"] = (n_groups, n_expert), BY_NAME["I32"]
+        sizes = {name: layout({**kvs, **split_kvs(1, 2, 1)}, [(name, *part)]).file_size for name, part in parts.items()}
+        first, *others = sorted(sizes, key=lambda name: -sizes[name])
+        if not others or sizes[first] > sizes[others[0]]:
+            largest[first] += 1
+        stack = SourceTensor("blk.0.ffn_up_exps.weight", (32, 1, n_expert), BY_NAME["F32"])
+        assert types_in_a_file(stack, [kind], kvs, sizes[first]) == (kind,)
+        with pytest.raises(PlanError, match=f"alone needs a file of {sizes[first]} bytes"):
+            types_in_a_file(stack, [kind], kvs, sizes[first] - 1)
+    assert len(largest) == 3, "the stack, a group and the map"
 
 
 def test_the_papers_map_in_files(source: MemorySource) -> None:
