@@ -15,7 +15,7 @@ import numpy as np
 
 from mopeq_edge.atomic import atomic_path
 from mopeq_edge.errors import FormatError, PlanError
-from mopeq_edge.expert_groups.layout import Grouping, Types, expert_map, file_layout, file_specs
+from mopeq_edge.expert_groups.layout import Grouping, Types, expert_map, file_kvs, file_layout, file_specs
 from mopeq_edge.expert_groups.read import read_groups
 from mopeq_edge.ggml.library import Bytes, Floats, Quantizer
 from mopeq_edge.ggml.types import F16_MAX, NEEDS_IMATRIX, WIDE, GgmlType
@@ -28,6 +28,9 @@ from mopeq_edge.split import part_paths, split_layouts
 
 WEIGHTS_AT_ONCE = 2**20
 """Weights that one piece of work holds as float32, at most (one row at least)."""
+
+Written = tuple[SourceTensor, GgmlType | Grouping, Sequence[int]]
+"""One tensor of the file: matrices of a source tensor in one type, or (without matrices) the map of its groups."""
 
 
 def emit(
@@ -44,10 +47,10 @@ def emit(
 ) -> int:
     """Write ``path`` with every tensor of ``source`` in its type, or groups, of ``types``. Returns the bytes written.
 
-    With ``split_bytes`` the result is split into files of at most so many bytes (:func:`part_paths` of ``path``); only
-    for types without groups. Files appear under their names only when all are whole and have been read back. Memory
-    does not grow with the model: a few pieces of work for each of ``threads`` are in flight. The bytes do not depend on
-    threads.
+    With ``split_bytes`` the result is split into files of at most so many bytes (:func:`part_paths` of ``path``); the
+    groups of a stack and their map may come to lie in several. Files appear under their names only when all are whole
+    and have been read back. Memory does not grow with the model: a few pieces of work for each of ``threads`` are in
+    flight. The bytes do not depend on threads.
     An expert has the same bits in a group as in a stack of the group's type.
     """
     blind = without_imatrix(source, types, imatrix)
@@ -64,20 +67,16 @@ def emit(
         ThreadPoolExecutor(threads) as pool,
         progress.step("emit", sum(t.n_weights for t in source.tensors)) as step,
     ):
-        tensors = iter(source.tensors)
+        tensors = _written(source, types)
         for temporary, place in zip(temporaries, places, strict=True):
-            # a file that is not split has all of the source's, groups and maps instead of some of them
-            own = list(tensors) if split_bytes is None else list(islice(tensors, len(place.tensors)))
             with temporary.open("xb") as file:
                 file.write(place.header)
-                for tensor in own:
-                    _write(
-                        file, place.alignment, source, tensor, types[tensor.name], imatrix, ggml, pool, step, threads
-                    )
+                for own in islice(tensors, len(place.tensors)):
+                    _write(file, place.alignment, source, own, imatrix, ggml, pool, step, threads)
                 file.flush()
                 os.fsync(file.fileno())
             check_written(temporary, place)
-            check_groups(temporary, {tensor.name: types[tensor.name] for tensor in own})
+        check_groups(temporaries, types)
     return sum(place.file_size for place in places)
 
 
@@ -87,12 +86,7 @@ def planned_files(
     """The layout of every file that :func:`emit` writes. Raises :class:`PlanError` for what cannot be split so."""
     if split_bytes is None:
         return (file_layout(kvs, source.tensors, types),)
-    if any(not isinstance(kind, GgmlType) for kind in types.values()):
-        raise PlanError(
-            "--split-max-size: a file with experts of different types cannot be split yet; "
-            "leave it out, or use --layout stock"
-        )
-    return split_layouts(kvs, file_specs(source.tensors, types), split_bytes)
+    return split_layouts(file_kvs(kvs, types), file_specs(source.tensors, types), split_bytes)
 
 
 @contextmanager
@@ -108,32 +102,37 @@ def _all_or_none(paths: Sequence[Path]) -> Iterator[list[Path]]:
         raise
 
 
+def _written(source: Source, types: Types) -> Iterator[Written]:
+    """What :func:`file_specs` lists, in the same order."""
+    for tensor in source.tensors:
+        kind = types[tensor.name]
+        if isinstance(kind, GgmlType):
+            yield tensor, kind, range(tensor.n_matrices)
+            continue
+        for group in kind:
+            yield tensor, group.type, group.experts
+        yield tensor, kind, ()
+
+
 def _write(
     file: BinaryIO,
     alignment: int,
     source: Source,
-    tensor: SourceTensor,
-    kind: GgmlType | Grouping,
+    written: Written,
     imatrix: Imatrix | None,
     ggml: Quantizer,
     pool: ThreadPoolExecutor,
     step: Step,
     threads: int,
 ) -> None:
-    """Append one tensor, or its groups and their map, each with its padding."""
-
-    def write(part: GgmlType, matrices: Sequence[int]) -> None:
-        for blocks in _quantized(source, tensor, part, matrices, imatrix, ggml, pool, in_flight=2 * threads):
-            file.write(blocks.data)
-            step.advance(blocks.nbytes / part.type_size * part.block_size)
-        file.write(b"\0" * (-file.tell() % alignment))
-
+    """Append one tensor with its padding."""
+    tensor, kind, matrices = written
     if isinstance(kind, GgmlType):
-        write(kind, range(tensor.n_matrices))
-        return
-    for group in kind:
-        write(group.type, group.experts)
-    file.write(expert_map(kind, tensor.n_matrices).tobytes())
+        for blocks in _quantized(source, tensor, kind, matrices, imatrix, ggml, pool, in_flight=2 * threads):
+            file.write(blocks.data)
+            step.advance(blocks.nbytes / kind.type_size * kind.block_size)
+    else:
+        file.write(expert_map(kind, tensor.n_matrices).tobytes())
     file.write(b"\0" * (-file.tell() % alignment))
 
 
@@ -170,13 +169,13 @@ def check_written(path: Path, plan: Layout) -> None:
         )
 
 
-def check_groups(path: Path, types: Types) -> None:
-    """Read the maps of ``path`` back and compare every expert's group with what was planned."""
+def check_groups(paths: Sequence[Path], types: Types) -> None:
+    """Read the maps in the files ``paths`` back and compare every expert's group with what was planned."""
     planned = {name: kind for name, kind in types.items() if not isinstance(kind, GgmlType)}
-    found = {stack.name: stack.groups for stack in read_groups(read_header(path))}
+    found = {stack.name: stack.groups for stack in read_groups(*(read_header(path) for path in paths))}
     for name in sorted(planned.keys() | found.keys()):
         if planned.get(name) != found.get(name):
-            raise FormatError(f"{path}: the groups of '{name}' are not as planned; this is a bug, please report it")
+            raise FormatError(f"{paths[0]}: the groups of '{name}' are not as planned; this is a bug, please report it")
 
 
 def _quantized(

@@ -26,6 +26,9 @@ QUANTIZATION_VERSION = 2
 IMATRIX_NAME = "imatrix.gguf"
 """Name given for the imatrix, whichever kind it is: the header's size must not depend on the kind."""
 
+PLAN_KEY = "mopeq.plan.sha256"
+"""Of the plan that a file was written from; every file of a split one has it."""
+
 _UNKNOWN_HASH = "0" * 64
 
 
@@ -51,7 +54,7 @@ def output_kvs(
         result["quantize.imatrix.chunks_count"] = uint32(imatrix.chunk_count)
     result["mopeq.version"] = string(__version__)
     result["mopeq.source.sha256"] = string(provenance.source)
-    result["mopeq.plan.sha256"] = string(provenance.plan)
+    result[PLAN_KEY] = string(provenance.plan)
     return result
 
 

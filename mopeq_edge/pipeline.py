@@ -68,8 +68,11 @@ def run_sensitivity(
 
 
 def check_budget(context: Context, request: CalibrationRequest, budget: Budget | None, options: PlanOptions) -> None:
-    """Raise :class:`PlanError` for a budget below the exact minimum, before anything is computed."""
-    if budget is None:
+    """Raise :class:`PlanError` for a budget below the exact minimum, before anything is computed.
+
+    Also for files that are too small for a tensor.
+    """
+    if budget is None and options.split_bytes is None:
         return
     datasets = read_imatrix(request.imatrix).datasets if request.imatrix is not None else (request.dataset,)
     kvs = output_kvs(context.source.kvs, 0, Imatrix({}, datasets, 0, 0), IMATRIX_NAME, Provenance())
@@ -102,17 +105,21 @@ def run_forecast(
     options: PlanOptions,
     plan: Plan,
 ) -> Forecast | None:
-    """What the other layout would make of the same budget; None for the paper's map, which has one layout."""
+    """What the other layout would make of the same budget; None for the paper's map, which has one layout.
+
+    Also None for a budget that the other layout's files just miss.
+    """
     if options.precision_map is not None:
         return None
-    other = replace(options, layout=STOCK if plan.layout == PER_EXPERT else PER_EXPERT, split_bytes=None)
-    return forecast(
-        expert_stacks(context.source),
-        table,
-        statistics.routing,
-        plan,
-        plan_only(context, table, statistics, budget, other),
-    )
+    other = replace(options, layout=STOCK if plan.layout == PER_EXPERT else PER_EXPERT)
+    try:
+        compared = plan_only(context, table, statistics, budget, other)
+    except PlanError:
+        # of several files the other layout's may be one more, and its header over a budget at the minimum
+        if options.split_bytes is None:
+            raise
+        return None
+    return forecast(expert_stacks(context.source), table, statistics.routing, plan, compared)
 
 
 def run_emit(

@@ -1,6 +1,7 @@
 """Split GGUF files: ``NAME-00001-of-00003.gguf`` and so on, as llama-gguf-split writes and llama.cpp loads them.
 
-The first file has all key-values, every file its number, the number of files and the number of all tensors.
+The first file has all key-values, every file its number, the number of files and the number of all tensors, and those
+of a plan its hash: parts of two plans can have tensors of the same names and sizes.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ from mopeq_edge.atomic import check_output
 from mopeq_edge.errors import FormatError, PlanError, SourceError
 from mopeq_edge.gguf_file import KV, GGUFHeader, TensorInfo, ValueType, pad, read_header
 from mopeq_edge.gguf_layout import Layout, TensorSpec, encode_tensor, layout
+from mopeq_edge.output_kvs import PLAN_KEY
 
 NO, COUNT, TENSORS = "split.no", "split.count", "split.tensors.count"
+IN_EVERY_FILE = ("general.alignment", PLAN_KEY)
+"""Key-values that files after the first repeat, where the first has them."""
+
 MAX_FILES = 2**16 - 1
 """The largest number of files that the key can hold; a file's name has five digits."""
 
@@ -76,8 +81,7 @@ def split_layouts(kvs: Mapping[str, KV], specs: Sequence[TensorSpec], max_bytes:
     Raises :class:`PlanError` for key-values or a tensor that no file has room for.
     """
     alignment = layout(kvs, []).alignment
-    own = {key: kvs[key] for key in ("general.alignment",) if key in kvs}
-    keys = [dict(kvs), own]
+    keys = [dict(kvs), _repeated(kvs)]
     heads = [layout({**some, **split_kvs(0, 1, len(specs))}, []).header_end for some in keys]
     if pad(heads[0], alignment) > max_bytes:
         raise _too_large("the header with the vocabulary", pad(heads[0], alignment), max_bytes)
@@ -103,8 +107,11 @@ def split_layouts(kvs: Mapping[str, KV], specs: Sequence[TensorSpec], max_bytes:
 
 def bytes_alone(kvs: Mapping[str, KV], spec: TensorSpec) -> int:
     """Bytes of a file, not the first, that holds nothing but one tensor."""
-    own = {key: kvs[key] for key in ("general.alignment",) if key in kvs}
-    return layout({**own, **split_kvs(1, 2, 1)}, [spec]).file_size
+    return layout({**_repeated(kvs), **split_kvs(1, 2, 1)}, [spec]).file_size
+
+
+def _repeated(kvs: Mapping[str, KV]) -> dict[str, KV]:
+    return {key: kvs[key] for key in IN_EVERY_FILE if key in kvs}
 
 
 def _too_large(what: str, needed: int, max_bytes: int) -> PlanError:
@@ -148,6 +155,12 @@ def read_parts(path: Path) -> tuple[GGUFHeader, ...]:
             raise FormatError(
                 f"{header.path}: is file {header.get(NO)} of {header.get(COUNT)} by its own word, expected {number} of "
                 f"{n_files} (counted from 0); the files are of different models, download them again"
+            )
+        # what llama-gguf-split cut has the key in the first file alone
+        if PLAN_KEY in header.kvs and header.get(PLAN_KEY) != first.get(PLAN_KEY):
+            raise FormatError(
+                f"{header.path}: {PLAN_KEY} is {header.get(PLAN_KEY)}, expected {first.get(PLAN_KEY)} as in "
+                f"{path.name}; the files are of different models, download them again"
             )
     names = [info.name for header in headers for info in header.tensors]
     twice = [name for name, n in Counter(names).items() if n > 1]

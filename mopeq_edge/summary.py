@@ -99,7 +99,7 @@ def summarise(path: Path) -> Summary:
     headers = read_parts(path)
     header = headers[0]
     infos = [info for part in headers for info in part.tensors]
-    stacks = read_groups(header)
+    stacks = read_groups(*headers)
     architecture, kind = header.get("general.architecture"), header.get("general.type")
     by_type: Counter[str] = Counter()
     by_role: Counter[str] = Counter()

@@ -15,9 +15,8 @@ from click.testing import CliRunner
 import mopeq_edge.atomic as atomic_module
 from converters import CONVERTERS
 from mopeq_edge.cli import cli
-from mopeq_edge.emit import emit, planned_files
+from mopeq_edge.emit import emit
 from mopeq_edge.errors import FormatError, MopeqError, OutputError, PlanError, SourceError
-from mopeq_edge.expert_groups.layout import ExpertGroup
 from mopeq_edge.ggml.library import load_ggml
 from mopeq_edge.ggml.types import BY_NAME, GgmlType
 from mopeq_edge.gguf_file import KV, ValueType, read_header
@@ -291,17 +290,6 @@ def test_from_split_to_split(theirs: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="plan again with the same --split-max-size"):
         run("emit", theirs, tmp_path / "third.gguf", "--split-max-size", "3M", *work)
     assert not list(tmp_path.glob("third*"))
-
-
-def test_groups_are_not_split(tiny_source: HuggingFaceSource) -> None:
-    stack = next(t for t in tiny_source.tensors if t.n_matrices == 16)
-    groups = (
-        ExpertGroup(BY_NAME["Q3_K"], tuple(range(8))),
-        ExpertGroup(BY_NAME["Q4_K"], tuple(range(8, 16))),
-    )
-    types = {**types_of(tiny_source), stack.name: groups}
-    with pytest.raises(PlanError, match="experts of different types cannot be split yet"):
-        planned_files(tiny_source, types, tiny_source.kvs, LIMIT)
 
 
 def test_what_is_there_is_not_written_over(tmp_path: Path) -> None:

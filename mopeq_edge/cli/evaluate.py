@@ -58,7 +58,10 @@ def evaluate(
     from mopeq_edge.cli.options import work_directory
     from mopeq_edge.evaluate.run import evaluate as evaluate_target
     from mopeq_edge.evaluate.run import make_reference
+    from mopeq_edge.split import read_parts
 
+    # a target that cannot be read is told before the source has run for hours
+    read_parts(target)
     work = work_directory(work_dir, source)
     with console_progress() as progress:
         gguf = resolve_source(source, work, threads, progress)

@@ -103,12 +103,17 @@ def file_specs(tensors: Iterable[SourceTensor], types: Types) -> list[TensorSpec
     return specs
 
 
-def file_layout(kvs: Mapping[str, KV], tensors: Iterable[SourceTensor], types: Types) -> Layout:
-    """Lay out a file of ``tensors``; with a grouped stack the version key comes last, else it is a stock file."""
+def file_kvs(kvs: Mapping[str, KV], types: Types) -> dict[str, KV]:
+    """Key-values of a file with these ``types``: with a grouped stack the version key comes last, else it is stock."""
     own = {key: kv for key, kv in kvs.items() if key != VERSION_KEY}
     if any(not isinstance(kind, GgmlType) for kind in types.values()):
         own[VERSION_KEY] = uint32(VERSION)
-    return layout(own, file_specs(tensors, types))
+    return own
+
+
+def file_layout(kvs: Mapping[str, KV], tensors: Iterable[SourceTensor], types: Types) -> Layout:
+    """Lay out one file of ``tensors`` in their ``types``."""
+    return layout(file_kvs(kvs, types), file_specs(tensors, types))
 
 
 def _check(tensor: SourceTensor, groups: Grouping) -> None:

@@ -18,6 +18,9 @@ _STACK = r"^(blk\.[0-9]+\.ffn_(?:gate|up|down|gate_up)_exps)"
 _GROUP = re.compile(_STACK + r"\.([0-9]+)\.weight$")
 _MAP = re.compile(_STACK + r"\.map$")
 
+Found = Mapping[str, tuple[GGUFHeader, TensorInfo]]
+"""The tensors of all files by name, each with the header of its file."""
+
 
 @dataclass(frozen=True)
 class GroupedStack:
@@ -35,34 +38,35 @@ def is_part(name: str) -> bool:
     return _GROUP.match(name) is not None or _MAP.match(name) is not None
 
 
-def read_groups(header: GGUFHeader) -> tuple[GroupedStack, ...]:
+def read_groups(first: GGUFHeader, *others: GGUFHeader) -> tuple[GroupedStack, ...]:
     """The grouped stacks of a file in the order of their first tensors; none for a stock file.
 
-    Reads the maps, no weights. Raises :class:`FormatError` for whatever docs/expert-groups.md says a reader must
-    reject, in one line that names the tensor.
+    Of a split file (:func:`mopeq_edge.split.read_parts`) the headers of all parts are given: a stack's groups and map
+    may be in different ones. Reads the maps, no weights. Raises :class:`FormatError` for whatever
+    docs/expert-groups.md says a reader must reject, in one line that names the tensor.
     """
-    by_name = {info.name: info for info in header.tensors}
+    found: Found = {info.name: (header, info) for header in (first, *others) for info in header.tensors}
     numbered: dict[str, dict[int, TensorInfo]] = {}
-    for info in header.tensors:
-        if match := _GROUP.match(info.name):
+    for name, (header, info) in found.items():
+        if match := _GROUP.match(name):
             if match[2] != str(int(match[2])):
-                raise _error(header, info.name, f"a group number without leading zeros, found '{match[2]}'")
+                raise _error(header, name, f"a group number without leading zeros, found '{match[2]}'")
             numbered.setdefault(match[1], {})[int(match[2])] = info
-        elif match := _MAP.match(info.name):
+        elif match := _MAP.match(name):
             numbered.setdefault(match[1], {})
-    _check_version(header, numbered)
-    return tuple(_read_stack(header, base, groups, by_name) for base, groups in numbered.items())
+    _check_version(first, numbered, found)
+    return tuple(_read_stack(first, base, groups, found) for base, groups in numbered.items())
 
 
 def _error(header: GGUFHeader, name: str, expected: str) -> FormatError:
     return FormatError(f"{header.path}: tensor '{name}': expected {expected}; make the file again")
 
 
-def _check_version(header: GGUFHeader, numbered: Mapping[str, object]) -> None:
+def _check_version(header: GGUFHeader, numbered: Mapping[str, object], found: Found) -> None:
     kv = header.kvs.get(VERSION_KEY)
     if kv is None and numbered:
-        first = next(info.name for info in header.tensors if is_part(info.name))
-        raise _error(header, first, f"the key '{VERSION_KEY}' beside expert groups, found none")
+        name = next(name for name in found if is_part(name))
+        raise _error(header, name, f"the key '{VERSION_KEY}' beside expert groups, found none")
     if kv is not None and (kv.type is not ValueType.UINT32 or kv.value != VERSION):
         raise FormatError(
             f"{header.path}: {VERSION_KEY} is {kv.value!r} ({kv.type.name}), expected {VERSION} (UINT32); "
@@ -72,16 +76,15 @@ def _check_version(header: GGUFHeader, numbered: Mapping[str, object]) -> None:
         raise FormatError(f"{header.path}: {VERSION_KEY} is {kv.value}, but no tensor is in groups; make it again")
 
 
-def _read_stack(
-    header: GGUFHeader, base: str, numbered: Mapping[int, TensorInfo], by_name: Mapping[str, TensorInfo]
-) -> GroupedStack:
-    stack, table = f"{base}.weight", by_name.get(f"{base}.map")
-    if stack in by_name:
-        raise _error(header, stack, "either the stack or its groups, found both")
+def _read_stack(first: GGUFHeader, base: str, numbered: Mapping[int, TensorInfo], found: Found) -> GroupedStack:
+    stack = f"{base}.weight"
+    if stack in found:
+        raise _error(found[stack][0], stack, "either the stack or its groups, found both")
+    if f"{base}.map" not in found:
+        raise _error(first, f"{base}.map", "an I32 map beside the groups, found none")
+    header, table = found[f"{base}.map"]
     if not numbered:
-        raise _error(header, f"{base}.map", f"the groups '{base}.0.weight' and on, found none")
-    if table is None:
-        raise _error(header, f"{base}.map", "an I32 map beside the groups, found none")
+        raise _error(header, table.name, f"the groups '{base}.0.weight' and on, found none")
     n_groups = len(numbered)
     if n_groups > MAX_GROUPS:
         raise _error(header, stack, f"at most {MAX_GROUPS} groups, found {n_groups}")
@@ -93,11 +96,12 @@ def _read_stack(
     shapes = [(*info.shape, 1, 1)[:3] for info in groups]
     for info, shape in zip(groups, shapes, strict=True):
         if len(info.shape) > 3 or shape[:2] != shapes[0][:2]:
-            raise _error(header, info.name, f"shape {[*shapes[0][:2], 'n']} as group 0, found {list(info.shape)}")
+            own = found[info.name][0]
+            raise _error(own, info.name, f"shape {[*shapes[0][:2], 'n']} as group 0, found {list(info.shape)}")
     n_rows = [shape[2] for shape in shapes]
     if table.type is not I32 or len(table.shape) != 2 or table.shape[0] != n_groups:
-        found = f"{table.type.name} {list(table.shape)}"
-        raise _error(header, table.name, f"I32 [{n_groups}, n_expert] for {n_groups} groups, found {found}")
+        instead = f"{table.type.name} {list(table.shape)}"
+        raise _error(header, table.name, f"I32 [{n_groups}, n_expert] for {n_groups} groups, found {instead}")
     if sum(n_rows) != table.shape[1]:
         raise _error(header, table.name, f"{sum(n_rows)} experts as in its groups, found {table.shape[1]}")
     experts = _experts_by_group(header, table, n_rows)

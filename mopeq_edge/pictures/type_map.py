@@ -14,9 +14,10 @@ from mopeq_edge.errors import FormatError
 from mopeq_edge.expert_groups.layout import Grouping
 from mopeq_edge.expert_groups.read import read_groups
 from mopeq_edge.ggml.types import GgmlType
-from mopeq_edge.gguf_file import MAGIC, read_header
+from mopeq_edge.gguf_file import MAGIC
 from mopeq_edge.plan.artifact import Plan, read_plan
 from mopeq_edge.source.roles import PROJECTIONS, layer_of, projection_of
+from mopeq_edge.split import read_parts
 from mopeq_edge.summary import summarise
 
 Stack = tuple[int, str]
@@ -87,12 +88,12 @@ def map_of_plan(plan: Plan, name: str) -> TypeMap:
 
 
 def map_of_gguf(path: Path) -> TypeMap:
-    """The map of a file; its header and the maps of its groups are read, no weights."""
-    header, summary = read_header(path), summarise(path)
+    """The map of a file, or of the first of a split one; headers and the maps of groups are read, no weights."""
+    headers, summary = read_parts(path), summarise(path)
     stacks: list[tuple[str, tuple[int, ...], GgmlType | Grouping]] = [
-        (info.name, info.shape, info.type) for info in header.tensors
+        (info.name, info.shape, info.type) for header in headers for info in header.tensors
     ]
-    stacks += [(stack.name, stack.shape, stack.groups) for stack in read_groups(header)]
+    stacks += [(stack.name, stack.shape, stack.groups) for stack in read_groups(*headers)]
     made_by = summary.architecture or summary.kind
     return TypeMap(path.name, summary.layout, made_by, summary.file_bytes, summary.bpw, _types(str(path), stacks))
 

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from mopeq_edge.artifacts import digest
 from mopeq_edge.errors import NoRoomError, PlanError
+from mopeq_edge.expert_groups.layout import VERSION, VERSION_KEY
 from mopeq_edge.ggml.types import BY_NAME
 from mopeq_edge.gguf_file import KV
-from mopeq_edge.gguf_layout import padded_nbytes
-from mopeq_edge.plan.artifact import KNAPSACK, STOCK, Plan, PlannedTensor
+from mopeq_edge.gguf_layout import padded_nbytes, uint32
+from mopeq_edge.plan.artifact import KNAPSACK, PER_EXPERT, STOCK, Plan, PlannedTensor
 from mopeq_edge.plan.budget import Budget, source_header_bytes
 from mopeq_edge.plan.candidates import Allowed, candidates
 from mopeq_edge.plan.mopeq import map_size_range, mopeq_plan, require_map_room
@@ -75,18 +77,22 @@ def _plan_of(
 ) -> Plan:
     """:func:`make_plan` of ``source`` as it is."""
     if options.precision_map is not None:
-        return mopeq_plan(source, table, kvs, budget, options)
+        if options.split_bytes is None:
+            return mopeq_plan(source, table, kvs, budget, options)
+        mapped = partial(mopeq_plan, source, table, kvs, options=options)
+        return plan_in_files(mapped, source, kvs, budget, options.split_bytes)
     if budget is None:
         raise PlanError("--planner knapsack: expected a budget, found none; give one, or use --planner mopeq")
     allowed = _allowed(source, table, kvs, options)
-    if options.split_bytes is not None:
 
-        def planned(part: Budget) -> Plan:
-            return _stock_plan(source, table, kvs, part, options, allowed)
+    def planned(part: Budget | None) -> Plan:
+        assert part is not None
+        stock = _stock_plan(source, table, kvs, part, options, allowed)
+        return stock if options.layout == STOCK else per_expert_plan(source, kvs, allowed, stock)
 
-        return plan_in_files(planned, source, kvs, budget, options.split_bytes)
-    stock = _stock_plan(source, table, kvs, budget, options, allowed)
-    return stock if options.layout == STOCK else per_expert_plan(source, kvs, allowed, stock)
+    if options.split_bytes is None:
+        return planned(budget)
+    return plan_in_files(planned, source, kvs, budget, options.split_bytes)
 
 
 def _stock_plan(
@@ -136,13 +142,18 @@ def _stock_plan(
     )
 
 
-def require_budget(source: Source, kvs: Mapping[str, KV], budget: Budget, options: PlanOptions) -> None:
-    """Raise :class:`PlanError` for a budget that no plan can meet, from shapes alone: before hours of work."""
+def require_budget(source: Source, kvs: Mapping[str, KV], budget: Budget | None, options: PlanOptions) -> None:
+    """Raise :class:`PlanError` for a budget that no plan can meet, or files that are too small for any.
+
+    From shapes alone: before hours of work.
+    """
     if options.split_bytes is not None:
-        split_layouts(kvs, [], options.split_bytes)
+        version = {VERSION_KEY: uint32(VERSION)} if options.layout == PER_EXPERT else {}
+        split_layouts({**kvs, **version}, [], options.split_bytes)
     smallest, _ = size_range(source, kvs, options, has_imatrix=True)
-    require = _require_room if options.precision_map is None else require_map_room
-    require(budget, budget.limit(source, kvs), smallest)
+    if budget is not None:
+        require = _require_room if options.precision_map is None else require_map_room
+        require(budget, budget.limit(source, kvs), smallest)
 
 
 def _require_room(budget: Budget, limit: int, smallest: int) -> None:
@@ -156,10 +167,15 @@ def _require_room(budget: Budget, limit: int, smallest: int) -> None:
 
 def size_range(source: Source, kvs: Mapping[str, KV], options: PlanOptions, *, has_imatrix: bool) -> tuple[int, int]:
     """(smallest, largest) bytes that a plan can have; needs no sensitivity. Padding has no part in the largest."""
-    ranges = [
-        _size_range(own, own_kvs, options, has_imatrix=has_imatrix)
-        for own, own_kvs in padding_choices(source, kvs, options.pad_experts)
-    ]
+    ranges: list[tuple[int, int]] = []
+    refused: list[PlanError] = []
+    for own, own_kvs in padding_choices(source, kvs, options.pad_experts):
+        try:
+            ranges.append(_size_range(own, own_kvs, options, has_imatrix=has_imatrix))
+        except PlanError as error:
+            refused.append(error)
+    if not ranges:
+        raise refused[0]
     return min(smallest for smallest, _ in ranges), ranges[0][1]
 
 

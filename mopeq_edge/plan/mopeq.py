@@ -24,6 +24,7 @@ from mopeq_edge.plan.fixed import fixed_plan
 from mopeq_edge.plan.options import MapOptions, PlanOptions
 from mopeq_edge.plan.per_expert import is_stack
 from mopeq_edge.plan.precision_map import N_CLASSES, Expert, classes_of, steps
+from mopeq_edge.plan.split import require_all_types
 from mopeq_edge.sensitivity.table import SensitivityTable
 from mopeq_edge.source.model import Source, SourceTensor
 from mopeq_edge.units import format_bytes
@@ -67,6 +68,7 @@ def mopeq_plan(
     assert asked is not None
     stacks = [t for t in source.tensors if _in_map(t)]
     choices = _choices(source, options, asked, _measured(source, table, options, asked))
+    _require_files(source, kvs, options, choices)
     scores = expert_scores(stacks, table, options.sensitivity, lambda stack: choices.by_class[stack.name][1])
     classes = classes_of(scores, asked.scope)
     size = FileBytes(kvs, source.tensors, choices.of_map(stacks, classes))
@@ -117,12 +119,23 @@ def _scaled(
 
 
 def map_size_range(source: Source, kvs: Mapping[str, KV], options: PlanOptions) -> tuple[int, int]:
-    """(smallest, largest) bytes that a map can have; needs no sensitivity."""
-    assert options.precision_map is not None
-    every = {t.name: (*options.types, *options.precision_map.types) for t in source.tensors}
-    choices = _choices(source, options, options.precision_map, every)
+    """(smallest, largest) bytes that a map can have; needs no sensitivity.
+
+    Raises :class:`PlanError` for a tensor that fits no file in a type that the map may give it.
+    """
+    choices = _possible(source, options)
+    _require_files(source, kvs, options, choices)
     low, high = (file_layout(kvs, source.tensors, choices.uniform(n)).file_size for n in (0, N_CLASSES - 1))
     return low, high
+
+
+def _require_files(source: Source, kvs: Mapping[str, KV], options: PlanOptions, choices: _Choices) -> None:
+    """Raise :class:`PlanError` for a tensor that fits no file in a type that the map may give it."""
+    if options.split_bytes is None:
+        return
+    for tensor in source.tensors:
+        types = choices.by_class.get(tensor.name) or (choices.fixed[tensor.name],)
+        require_all_types(tensor, types, kvs, options.split_bytes)
 
 
 def fitting_type(tensor: SourceTensor, wanted: GgmlType, types: Sequence[GgmlType], options: PlanOptions) -> GgmlType:
@@ -138,6 +151,13 @@ def fitting_type(tensor: SourceTensor, wanted: GgmlType, types: Sequence[GgmlTyp
 
 def _in_map(tensor: SourceTensor) -> bool:
     return is_stack(tensor) and tensor.quantizable and tensor.layer is not None
+
+
+def _possible(source: Source, options: PlanOptions) -> _Choices:
+    """The choices of a map where every type could be measured."""
+    assert options.precision_map is not None
+    every = {t.name: (*options.types, *options.precision_map.types) for t in source.tensors}
+    return _choices(source, options, options.precision_map, every)
 
 
 def _choices(

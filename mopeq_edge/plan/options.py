@@ -50,8 +50,7 @@ class PlanOptions:
     """``types`` may be chosen among, ``floors`` are least bits per weight by role, ``layout`` is one of LAYOUTS.
 
     ``precision_map`` asks for the paper's planner instead of the knapsack. ``split_bytes`` is the largest file where
-    the result is to be split into several, which share the budget; only for the stock layout. ``pad_experts`` is one
-    of :data:`PADDING`.
+    the result is to be split into several, which share the budget. ``pad_experts`` is one of :data:`PADDING`.
     """
 
     sensitivity: str
@@ -63,10 +62,6 @@ class PlanOptions:
     pad_experts: str = AUTO
 
     def __post_init__(self) -> None:
-        if self.split_bytes is not None and self.layout != STOCK:
-            raise PlanError(
-                f"--split-max-size: layout {self.layout} cannot be split yet; leave it out, or take --layout stock"
-            )
         if self.pad_experts not in PADDING:
             raise PlanError(f"--pad-experts {self.pad_experts}: expected {', '.join(PADDING)}")
         if self.layout not in LAYOUTS:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mopeq_edge.errors import RuntimeMissingError
-from mopeq_edge.gguf_file import read_header
 from mopeq_edge.llama_cpp.bundle import STOCK, build_name
 from mopeq_edge.runtime.gpu import cuda_backend, has_gpu
 from mopeq_edge.runtime.locate import (
@@ -21,6 +20,7 @@ from mopeq_edge.runtime.locate import (
     tool,
 )
 from mopeq_edge.runtime.per_expert import groups_version, not_patched, runs_expert_groups
+from mopeq_edge.split import read_parts
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,11 @@ class Start:
 def prepare_start(name: str, file: Path, build: str = "auto") -> Start:
     """Choose the tool ``name`` for the GGUF ``file``; ``build`` is a key of `BUILDS`.
 
-    Raises FormatError if the file cannot be read or has an unknown version of expert groups, RuntimeMissingError if
-    the build is not installed, lacks the tool, or does not run the file.
+    Raises FormatError if the file cannot be read or has an unknown version of expert groups, SourceError if it is
+    another file than the first of a split one or if one is missing, RuntimeMissingError if the build is not installed,
+    lacks the tool, or does not run the file.
     """
-    version = groups_version(read_header(file))
+    version = groups_version(read_parts(file)[0])
     chosen = _from_variable(name) if build == "auto" else None
     if chosen is None:
         runtime = BUILDS[build]()
