@@ -40,7 +40,7 @@ def recipes(config: Config, shapes: Shapes, place: Place = ALONE) -> list[Recipe
     config = _text_config(config)
     only = {
         **{"use_mla": False, "hidden_act": "silu", "attention_bias": False, "scoring_func": "softmax"},
-        **{"topk_method": "greedy", "moe_layer_freq": 1, "tie_word_embeddings": False},
+        **{"topk_method": "greedy", "moe_layer_freq": 1},
         # llama.cpp ends the process for another base, and does not read a scaling
         **{"rope_theta": 10000, "rope_scaling": None},
         "num_key_value_heads": need_number(config, "num_attention_heads"),

@@ -65,10 +65,7 @@ def deepseek_tables(
     # layers that predict further tokens stand behind the others; llama.cpp's converter leaves them out
     n_further = need_number(config, _FURTHER) if config.get(_FURTHER) else 0
     check_count(_FURTHER, n_further, shapes)
-    tied = bool(config.get("tie_word_embeddings"))
-    model = {
-        place.prefix + name: row for name, row in decoder_rows().items() if not (tied and row.name == "output.weight")
-    }
+    model = decoder_rows(config, shapes, decoder=f"{place.prefix}model.", head=f"{place.prefix}lm_head.")
     dense, sparse = {**_NORMS, **attention, **_DENSE}, {**_NORMS, **attention, **_SPARSE, **(router or {})}
     return Tables(
         "a DeepSeek",
@@ -81,7 +78,6 @@ def deepseek_tables(
         layers_prefix=layers_prefix,
         skipped=(
             *(f"{layers_prefix}{layer}." for layer in range(n_layer, n_layer + n_further)),
-            *(tied * (f"{place.prefix}lm_head.",)),
             *place.skipped,
         ),
     )

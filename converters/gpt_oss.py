@@ -67,7 +67,7 @@ def recipes(config: Config, shapes: Shapes) -> list[Recipe]:
     config = _with_defaults(config)
     n_layer = need_number(config, "num_hidden_layers")
     only = {
-        **{"hidden_act": "silu", "attention_bias": True, "tie_word_embeddings": False},
+        **{"hidden_act": "silu", "attention_bias": True},
         **{"swiglu_alpha": ALPHA, "swiglu_limit": LIMIT},
     }
     check_only(config, only, "gpt-oss")
@@ -86,10 +86,13 @@ def recipes(config: Config, shapes: Shapes) -> list[Recipe]:
             for needed in (name, bias):
                 _need(needed, layer, shapes)
     rest = {name: shape for name, shape in shapes.items() if name not in found}
+    # llama.cpp loads no gpt-oss without an output matrix
+    model = decoder_rows(config, shapes, needs_output=True)
     tables = Tables(
-        *("a gpt-oss", decoder_rows(), lambda _: _LAYER, Experts(_EXPERTS, {}), sizes, n_layer), sparse=lambda _: False
+        *("a gpt-oss", model, lambda _: _LAYER, Experts(_EXPERTS, {}), sizes, n_layer), sparse=lambda _: False
     )
-    found |= {recipe.parts[0].tensor: [recipe] for recipe in recipes_of(tables, rest)}
+    for recipe in recipes_of(tables, rest):
+        found.setdefault(recipe.parts[0].tensor, []).append(recipe)
     in_blocks = [name for name in shapes if name in found and name.endswith("_blocks")]
     others = [name for name in shapes if name in found and not name.endswith("_blocks")]
     return [recipe for name in (*in_blocks, *others) for recipe in found[name]]

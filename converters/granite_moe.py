@@ -65,7 +65,7 @@ def recipes(config: Config, shapes: Shapes) -> list[Recipe]:
         _multiplier(config, key)
     sizes = sizes_of(config, _SIZES)
     sizes["kv"] = sizes["head_kv"] * head_dim
-    model = decoder_rows(tied=bool(config.get("tie_word_embeddings")))
+    model = decoder_rows(config, shapes)
     n_layer = need_number(config, "num_hidden_layers")
     return recipes_of(Tables("a GraniteMoE", model, lambda _: _LAYER, _EXPERTS, sizes, n_layer), shapes)
 

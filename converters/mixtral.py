@@ -40,7 +40,7 @@ def recipes(config: Config, shapes: Shapes) -> list[Recipe]:
     config = _with_defaults(config)
     sizes, head_dim = sizes_of(config, _SIZES), _head_dim(config)
     sizes |= {"q": sizes["head"] * head_dim, "kv": sizes["head_kv"] * head_dim}
-    model = decoder_rows(tied=bool(config.get("tie_word_embeddings")))
+    model = decoder_rows(config, shapes)
     n_layer = need_number(config, "num_hidden_layers")
     return recipes_of(Tables("a Mixtral", model, lambda _: _LAYER, _EXPERTS, sizes, n_layer), shapes)
 

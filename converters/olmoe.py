@@ -40,7 +40,9 @@ def recipes(config: Config, shapes: Shapes) -> list[Recipe]:
     }
     check_only(config, only, "OLMoE")
     n_layer = need_number(config, "num_hidden_layers")
-    tables = Tables("an OLMoE", decoder_rows(), lambda _: _LAYER, _EXPERTS, sizes_of(config, _SIZES), n_layer)
+    # llama.cpp loads no OLMoE without an output matrix
+    model = decoder_rows(config, shapes, needs_output=True)
+    tables = Tables("an OLMoE", model, lambda _: _LAYER, _EXPERTS, sizes_of(config, _SIZES), n_layer)
     return recipes_of(tables, shapes)
 
 

@@ -51,7 +51,7 @@ def recipes(config: Config, shapes: Shapes) -> list[Recipe]:
     config = with_defaults(config, _ASSUMED)
     hidden, heads = need_number(config, "hidden_size"), need_number(config, "num_attention_heads")
     only = {
-        **{"hidden_act": "silu", "qkv_bias": True, "norm_topk_prob": False, "tie_word_embeddings": False},
+        **{"hidden_act": "silu", "qkv_bias": True, "norm_topk_prob": False},
         **{"use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
         "head_dim": hidden // heads,
     }
@@ -60,7 +60,9 @@ def recipes(config: Config, shapes: Shapes) -> list[Recipe]:
         check_only(config, {"layer_types": ["full_attention"] * len(kinds)}, "Qwen2-MoE")
     sizes = {**sizes_of(config, _SIZES), "kv": need_number(config, "num_key_value_heads") * (hidden // heads), "one": 1}
     n_layer = need_number(config, "num_hidden_layers")
-    return recipes_of(Tables("a Qwen2-MoE", decoder_rows(), lambda _: _LAYER, _EXPERTS, sizes, n_layer), shapes)
+    # llama.cpp loads no Qwen2-MoE without an output matrix
+    model = decoder_rows(config, shapes, needs_output=True)
+    return recipes_of(Tables("a Qwen2-MoE", model, lambda _: _LAYER, _EXPERTS, sizes, n_layer), shapes)
 
 
 def key_values(

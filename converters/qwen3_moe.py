@@ -47,7 +47,7 @@ def recipes(config: Config, shapes: Shapes) -> list[Recipe]:
     """Recipes in the order of ``shapes``."""
     config = _with_defaults(config)
     check_only(config, {**ONLY, "norm_topk_prob": True}, "Qwen3-MoE")
-    model = decoder_rows(tied=bool(config.get("tie_word_embeddings")))
+    model = decoder_rows(config, shapes)
     n_layer = need_number(config, "num_hidden_layers")
     return recipes_of(Tables("a Qwen3-MoE", model, lambda _: LAYER, _EXPERTS, sizes(config), n_layer), shapes)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from converters.key_values import add_text_parameters, as_kvs, need_number, start_writer, with_defaults
 from converters.qwen3_moe import LAYER, ONLY, sizes
-from converters.tensor_table import Experts, Row, Shapes, Tables, check_only, recipes_of
+from converters.tensor_table import Experts, Shapes, Tables, check_only, decoder_rows, recipes_of
 from converters.vocabulary import add_bpe_vocabulary
 from mopeq_edge.errors import SourceError
 from mopeq_edge.gguf_file import KV
@@ -37,16 +37,11 @@ def recipes(config: Config, shapes: Shapes) -> list[Recipe]:
     """Recipes of the text model in the order of ``shapes``."""
     text = _text_config(config)
     check_only(text, ONLY, "Qwen3-VL-MoE")
-    tied = bool(config.get("tie_word_embeddings"))
-    model = {
-        f"{PREFIX}embed_tokens.weight": Row("token_embd.weight", ("hidden", "vocab")),
-        f"{PREFIX}norm.weight": Row("output_norm.weight", ("hidden",), f32=True),
-        "lm_head.weight": Row("output.weight", ("hidden", "vocab"), optional=tied),
-    }
     return recipes_of(
         Tables(
             "a Qwen3-VL-MoE",
-            model,
+            # not the text's settings: the whole model says whether it is tied
+            decoder_rows(config, shapes, decoder=PREFIX),
             lambda _: LAYER,
             _EXPERTS,
             sizes(text),

@@ -17,6 +17,8 @@ from mopeq_edge.source.converter import Config, Part, Recipe
 Shapes = Mapping[str, tuple[int, ...]]
 Sizes = Mapping[str, int]
 
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
+_TIED = "tie_word_embeddings"
 _DERIVED = ".rotary_emb.inv_freq"
 
 
@@ -25,14 +27,17 @@ class Row:
     """One tensor of the checkpoint: its GGUF ``name``, its shape as ggml's ne in names of sizes.
 
     ``f32``: llama.cpp wants it in F32. ``heads``: the size that counts the heads whose rotary halves llama.cpp
-    interleaves. ``optional``: not every checkpoint has it.
+    interleaves. ``also``: the name under which it is written a second time. ``same_as``, ``needed``: see
+    :class:`Recipe`.
     """
 
     name: str
     axes: tuple[str, ...]
     f32: bool = False
     heads: str = ""
-    optional: bool = False
+    also: str = ""
+    same_as: str | None = None
+    needed: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,13 +111,29 @@ class Tables:
     skipped: tuple[str, ...] = ()
 
 
-def decoder_rows(*, tied: bool = False) -> dict[str, Row]:
-    """Embedding, last norm and output matrix under transformers' usual names; a ``tied`` one may lack the last."""
-    return {
-        "model.embed_tokens.weight": Row("token_embd.weight", ("hidden", "vocab")),
-        "model.norm.weight": Row("output_norm.weight", ("hidden",), f32=True),
-        "lm_head.weight": Row("output.weight", ("hidden", "vocab"), optional=tied),
-    }
+def decoder_rows(
+    config: Config, shapes: Shapes, *, decoder: str = "model.", head: str = "lm_head.", needs_output: bool = False
+) -> dict[str, Row]:
+    """Embedding, last norm and output matrix under transformers' usual names, behind ``decoder`` and ``head``.
+
+    The matrix is the embedding where ``config`` says so and the checkpoint has no other; llama.cpp does not load every
+    family like that, so of one that ``needs_output`` the embedding is written a second time. Raises
+    :class:`SourceError` if there is no matrix where one is expected.
+    """
+    embedding, output, axes = f"{decoder}embed_tokens.weight", f"{head}weight", ("hidden", "vocab")
+    found = {embedding: Row(EMBEDDING, axes), f"{decoder}norm.weight": Row("output_norm.weight", ("hidden",), f32=True)}
+    tied = bool(config.get(_TIED))
+    if output in shapes:
+        of = EMBEDDING if tied else None
+        return {**found, output: Row(OUTPUT, axes, same_as=of, needed=needs_output)}
+    if not tied:
+        raise SourceError(
+            f"tensor '{output}' (the output matrix: config.json does not have {_TIED} true) is missing; download the "
+            "whole checkpoint again"
+        )
+    if needs_output:
+        found[embedding] = Row(EMBEDDING, axes, also=OUTPUT)
+    return found
 
 
 _STACK_AXES: Mapping[str, tuple[str, ...]] = {
@@ -148,7 +169,8 @@ def recipes_of(tables: Tables, shapes: Shapes) -> list[Recipe]:
             else:
                 shape = tuple(tables.sizes[axis] for axis in row.axes)
                 heads = tables.sizes[row.heads] if row.heads else None
-                found.append(Recipe(prefix + row.name, shape, (Part(name, heads=heads),), row.f32))
+                own = (shape, (Part(name, heads=heads),), row.f32, row.same_as, row.needed)
+                found += [Recipe(prefix + ours, *own) for ours in (row.name, row.also) if ours]
             wanted.remove(name)
         elif name in layer_of:
             layer = layer_of.pop(name)
@@ -157,8 +179,7 @@ def recipes_of(tables: Tables, shapes: Shapes) -> list[Recipe]:
                 found.extend(_stacks(tables, layer, parts[layer]))
         elif not name.endswith(_DERIVED) and not name.startswith(tables.skipped):
             raise SourceError(f"tensor '{name}' is not known in {tables.family} of {n_layer} layers; update mopeq-edge")
-    missing = {name for name in wanted if not getattr(rows[name][0], "optional", False)}
-    for name in sorted(missing.union(*waiting.values())):
+    for name in sorted(wanted.union(*waiting.values())):
         raise SourceError(f"tensor '{name}'{_whose(tables, name)} is missing; download the whole checkpoint again")
     return found
 

@@ -42,13 +42,17 @@ class Part:
 class Recipe:
     """One GGUF tensor and its parts: one a matrix (experts in router order), or a single one.
 
-    ``shape`` is ggml's ``ne``. ``keep_f32`` is set for what llama.cpp wants in F32 (norms, routers).
+    ``shape`` is ggml's ``ne``. ``keep_f32`` is set for what llama.cpp wants in F32 (norms, routers). ``same_as`` is the
+    GGUF name of the tensor that config.json says this one is (tied embeddings): a second copy of the same numbers is
+    left out of the GGUF unless it is ``needed``, and one of other numbers stays.
     """
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     keep_f32: bool = False
+    same_as: str | None = None
+    needed: bool = False
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from mopeq_edge.source.converter import Converter, Converters, Part, Recipe, arc
 from mopeq_edge.source.model import Bytes, Floats, SourceTensor, require_finite
 from mopeq_edge.source.quantized import as_weights
 from mopeq_edge.source.shard import WEIGHT_DTYPES
+from mopeq_edge.source.tied import without_copies
 
 STORED_AS: Mapping[str, GgmlType] = {"BF16": BF16, "F16": F16, "F32": F32, "F64": F32, "MXFP4": MXFP4, "FP8": BF16}
 """How a matrix of each checkpoint type is stored in a GGUF."""
@@ -56,13 +57,14 @@ class HuggingFaceSource:
             recipes = converter.recipes(self.config, self.checkpoint.shapes)
         except SourceError as error:
             raise SourceError(f"{directory}: {error}") from None
-        self.hf_tensor_of: Mapping[str, Recipe] = {recipe.name: recipe for recipe in recipes}
-        """Where every tensor, by its GGUF name, comes from in the checkpoint."""
         for recipe in recipes:
             self._check(recipe)
+        recipes, tied = without_copies(self.checkpoint, recipes)
+        self.hf_tensor_of: Mapping[str, Recipe] = {recipe.name: recipe for recipe in recipes}
+        """Where every tensor, by its GGUF name, comes from in the checkpoint."""
         self.tensors = tuple(SourceTensor(r.name, r.shape, self._type_of(r)) for r in recipes)
-        left_out = converter.left_out(self.config, self.checkpoint.shapes)
-        self.warnings = (*(f"{directory}: {line}" for line in left_out), *self._warnings())
+        lines = [*converter.left_out(self.config, self.checkpoint.shapes), *tied]
+        self.warnings = (*(f"{directory}: {line}" for line in lines), *self._warnings())
         beside = [directory / name for name in BESIDE_WEIGHTS if (directory / name).is_file()]
         beside += sorted((directory / "additional_chat_templates").glob("*.jinja"))
         self.files: tuple[Path, ...] = (*beside, *self.checkpoint.files)

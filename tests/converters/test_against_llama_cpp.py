@@ -23,6 +23,8 @@ from mopeq_edge.runtime.locate import require_runtime
 from mopeq_edge.source.open import open_source
 
 from ..builders import build_olmoe, edit_json, write_gguf, write_quantized_gguf
+from .address_code import write_numbers
+from .address_tables import TABLES
 from .families import FAMILIES, build_mixtral, build_mxfp4_gpt_oss, logits
 from .fp8 import build_fp8_deepseek_v3, build_fp8_qwen3_moe
 from .vision_language import VISION_LANGUAGE
@@ -98,6 +100,12 @@ def released_gpt_oss(directory: Path) -> None:
     edit_json(directory / "config.json", rope_parameters=None, rope_scaling=scaling, rope_theta=theta, **also)
 
 
+def numbered(directory: Path, build: Callable[[Path, str], object]) -> None:
+    """Every element is its own number, which F32 holds whole."""
+    build(directory, "float32")
+    write_numbers(directory)
+
+
 MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "tiny-olmoe": (bundled, "bf16"),
     "sharded-MoE-v2": (sharded_bf16, "bf16"),
@@ -109,6 +117,7 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "qwen3-moe-fp8": (build_fp8_qwen3_moe, "bf16"),
     "deepseek-v3-fp8": (build_fp8_deepseek_v3, "bf16"),
     **{name: (partial(build, dtype="bfloat16"), "bf16") for name, (build, _) in FAMILIES.items()},
+    **{f"{name}-numbered": (partial(numbered, build=FAMILIES[name][0]), "f32") for name in TABLES if name in FAMILIES},
 }
 
 

@@ -33,6 +33,7 @@ class Case:
     assumed: tuple[str, ...]
 
 
+NOT_TIED = " (the output matrix: config.json does not have tie_word_embeddings true)"
 COMMON = ("max_position_embeddings", "rms_norm_eps", "rope_parameters", "hidden_act")
 CASES = {
     "gpt-oss": Case(
@@ -41,10 +42,10 @@ CASES = {
             "model.layers.0.mlp.experts.down_proj_bias": " (layer 0, all experts)",
             "model.layers.2.self_attn.sinks": "",
             "model.layers.0.mlp.router.bias": "",
-            "lm_head.weight": "",
+            "lm_head.weight": NOT_TIED,
         },
         (
-            *(("hidden_act", "gelu"), ("attention_bias", False), ("tie_word_embeddings", True)),
+            *(("hidden_act", "gelu"), ("attention_bias", False)),
             *(("swiglu_limit", 10.0), ("swiglu_alpha", 1.0), ("layer_types", ["full_attention"] * 3)),
             *(("head_dim", 0), ("num_local_experts", "8")),
         ),
@@ -63,7 +64,7 @@ CASES = {
             "model.layers.1.block_sparse_moe.input_linear.weight": " (layer 1, all experts)",
             "model.layers.0.block_sparse_moe.output_linear.weight": " (layer 0, all experts)",
             "model.layers.0.block_sparse_moe.router.layer.weight": "",
-            "lm_head.weight": "",
+            "lm_head.weight": NOT_TIED,
         },
         (
             *(("hidden_act", "gelu"), ("attention_bias", True), ("head_dim", 32), ("deepstack_layer_map", [[0, 1]])),
@@ -77,11 +78,11 @@ CASES = {
             "model.layers.1.mlp.experts.7.down_proj.weight": " (layer 1, expert 7)",
             "model.layers.0.mlp.shared_expert_gate.weight": "",
             "model.layers.0.self_attn.k_proj.bias": "",
-            "lm_head.weight": "",
+            "lm_head.weight": NOT_TIED,
         },
         (
             *(("norm_topk_prob", True), ("mlp_only_layers", [0]), ("decoder_sparse_step", 2), ("qkv_bias", False)),
-            *(("use_sliding_window", True), ("hidden_act", "gelu"), ("head_dim", 32), ("tie_word_embeddings", True)),
+            *(("use_sliding_window", True), ("hidden_act", "gelu"), ("head_dim", 32)),
             ("layer_types", ["full_attention", "sliding_attention"]),
         ),
         (*COMMON, "qkv_bias", "norm_topk_prob", "layer_types", "use_sliding_window", "mlp_only_layers"),
@@ -90,7 +91,7 @@ CASES = {
         {
             "model.layers.1.mlp.experts.5.up_proj.weight": " (layer 1, expert 5)",
             "model.layers.0.self_attn.k_norm.weight": "",
-            "lm_head.weight": "",
+            "lm_head.weight": NOT_TIED,
         },
         (
             *(("norm_topk_prob", False), ("mlp_only_layers", [0]), ("decoder_sparse_step", 2)),
@@ -102,7 +103,7 @@ CASES = {
         {
             "model.language_model.layers.1.mlp.experts.gate_up_proj": " (layer 1, all experts)",
             "model.language_model.layers.0.mlp.gate.weight": "",
-            "lm_head.weight": "",
+            "lm_head.weight": NOT_TIED,
         },
         (
             *(("mlp_only_layers", [0]), ("decoder_sparse_step", 2), ("attention_bias", True), ("hidden_act", "gelu")),
