@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from converters.key_values import add_text_parameters, as_kvs, need_number, start_writer, with_defaults
+from converters.llama_vocabulary import add_llama_vocabulary
 from converters.tensor_table import Experts, Row, Shapes, Tables, check_only, decoder_rows, recipes_of, sizes_of
-from converters.vocabulary import add_llama_vocabulary
 from mopeq_edge.gguf_file import KV
 from mopeq_edge.source.converter import Config, Converter, Recipe, Skeleton
 from mopeq_edge.source.model import SourceTensor
