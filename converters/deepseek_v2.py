@@ -16,6 +16,7 @@ from typing import Any
 
 from converters.deepseek_tensors import ALONE, Place, deepseek_tables, expert_extras, leading_dense
 from converters.key_values import add_text_parameters, as_kvs, need_number, start_writer
+from converters.rope_settings import check_rope, rope_of
 from converters.tensor_table import HeadStack, PerHead, Row, Shapes, check_only, recipes_of, sizes_of
 from converters.vocabulary import add_bpe_vocabulary
 from mopeq_edge.errors import SourceError
@@ -68,11 +69,6 @@ _ONLY: Mapping[str, object] = {"hidden_act": "silu", "attention_bias": False, "m
 _LARGEST_EPSILON = 1e-5
 """The norms of the latents have 1e-6 whatever config.json says, llama.cpp has one for all: with this one the logits of
 small random models move by 1e-4 of their spread."""
-# llama.cpp does not read these from a file of this architecture
-_YARN: Mapping[str, object] = {
-    **{"beta_fast": 32, "beta_slow": 1, "attention_factor": None, "attn_factor": None, "extrapolation_factor": None},
-    "truncate": True,
-}
 V2 = Version(
     "DeepSeek-V2",
     {
@@ -112,7 +108,7 @@ def recipes(version: Version, config: Config, shapes: Shapes, place: Place = ALO
             f"config.json has rms_norm_eps {config['rms_norm_eps']!r}, expected at most {_LARGEST_EPSILON}: llama.cpp "
             "gives it to the norms of the latents too, so no GGUF of this checkpoint would be right"
         )
-    _check_rope(version, config)
+    check_rope(config, ARCHITECTURE, version.name)
     scale = next((name for name in shapes if name.endswith(_FP8_SCALE)), None)
     if scale is not None:
         raise SourceError(f"tensor '{scale}' belongs to FP8 weights; give the checkpoint in BF16 instead")
@@ -160,7 +156,7 @@ def key_values(
         *expert_extras(config),
         ("add_rope_dimension_count", rope_dim),
     ]
-    if (mscale := _rope(config).get("mscale_all_dim")) is not None:
+    if (mscale := rope_of(config)[1].get("mscale_all_dim")) is not None:
         extras.append(("add_rope_scaling_yarn_log_mul", 0.1 * mscale))
     writer = start_writer(directory, ARCHITECTURE, tensors)
     add_text_parameters(writer, config, file_type, extras, (latent + rope_dim, latent))
@@ -180,31 +176,6 @@ def _with_defaults(version: Version, config: Config) -> dict[str, Any]:
     if not (config.get("rope_parameters") or config.get("rope_scaling")):
         assumed["rope_theta"] = 10000.0
     return {**assumed, **{key: value for key, value in config.items() if value is not None or key == "q_lora_rank"}}
-
-
-def _rope(config: Config) -> Mapping[str, Any]:
-    rope: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return rope
-
-
-def _check_rope(version: Version, config: Config) -> None:
-    """Without scaling, or yarn with the one factor of all attention that the file has room for."""
-    rope = _rope(config)
-    kind = rope.get("rope_type", rope.get("type")) or "default"
-    if kind == "default":
-        return
-    if kind != "yarn":
-        raise SourceError(
-            f"config.json has rope type '{kind}', expected default or yarn: llama.cpp would scale {version.name}'s "
-            "attention as for yarn, so no GGUF of this checkpoint would be right"
-        )
-    check_only(rope, _YARN, f"{version.name}'s yarn")
-    mscale, of_all = rope.get("mscale"), rope.get("mscale_all_dim")
-    if not of_all or mscale != of_all:
-        raise SourceError(
-            f"config.json has yarn with mscale {mscale!r} and mscale_all_dim {of_all!r}, expected equal numbers: "
-            "llama.cpp knows one of them only, so no GGUF of this checkpoint would be right"
-        )
 
 
 def _one_matrix_for_granted(config: Config) -> bool:
