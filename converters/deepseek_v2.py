@@ -14,7 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from converters.deepseek_tensors import ALONE, Place, deepseek_tables, expert_extras, leading_dense
+from converters.deepseek_tensors import (
+    ALONE,
+    Place,
+    deepseek_tables,
+    expert_extras,
+    further,
+    leading_dense,
+    mtp_blocks,
+)
 from converters.key_values import add_text_parameters, as_kvs, need_number, start_writer
 from converters.rope_settings import check_rope, rope_of
 from converters.tensor_table import HeadStack, PerHead, Row, Shapes, check_only, recipes_of, sizes_of
@@ -97,7 +105,9 @@ V3 = Version(
 )
 
 
-def recipes(version: Version, config: Config, shapes: Shapes, place: Place = ALONE) -> list[Recipe]:
+def recipes(
+    version: Version, config: Config, shapes: Shapes, place: Place = ALONE, *, keep_mtp: bool = False
+) -> list[Recipe]:
     """Recipes in the order of ``shapes``; ``place`` is where in the checkpoint the text model is."""
     check_only(
         config, {**version.only, "num_key_value_heads": need_number(config, "num_attention_heads")}, version.name
@@ -122,7 +132,17 @@ def recipes(version: Version, config: Config, shapes: Shapes, place: Place = ALO
     _check_query(config)
     if config["q_lora_rank"] is not None:
         query, sizes["query_latent"] = _LOW_RANK_QUERY, need_number(config, "q_lora_rank")
-    tables = deepseek_tables(config, shapes, {**query, **_ATTENTION}, router=version.router, sizes=sizes, place=place)
+    if keep_mtp:
+        _check_mtp(config, shapes)
+    tables = deepseek_tables(
+        config,
+        shapes,
+        {**query, **_ATTENTION},
+        router=version.router,
+        sizes=sizes,
+        place=place,
+        keep_mtp=keep_mtp,
+    )
     return recipes_of(tables, shapes)
 
 
@@ -133,8 +153,10 @@ def key_values(
     tensors: Sequence[SourceTensor],
     file_type: int,
     pre: str | None,
+    *,
+    keep_mtp: bool = False,
 ) -> dict[str, KV]:
-    """Key-values as llama.cpp's converter writes them."""
+    """Key-values as llama.cpp's converter writes them; with ``keep_mtp`` as for a model of which it keeps the block."""
     # seen from the latent, all heads share one key and value
     config = {**_with_defaults(version, config), "num_key_value_heads": 1}
     rope_dim, latent = need_number(config, "qk_rope_head_dim"), need_number(config, "kv_lora_rank")
@@ -158,15 +180,26 @@ def key_values(
     ]
     if (mscale := rope_of(config)[1].get("mscale_all_dim")) is not None:
         extras.append(("add_rope_scaling_yarn_log_mul", 0.1 * mscale))
+    if keep_mtp:
+        config = {**config, "num_hidden_layers": need_number(config, "num_hidden_layers") + further(config)}
+        extras.append(("add_nextn_predict_layers", further(config)))
     writer = start_writer(directory, ARCHITECTURE, tensors)
     add_text_parameters(writer, config, file_type, extras, (latent + rope_dim, latent))
     add_bpe_vocabulary(writer, directory, need_number(config, "vocab_size"), pre)
     return as_kvs(writer)
 
 
-DEEPSEEK_V2, DEEPSEEK_V3 = (
-    Converter(ARCHITECTURE, partial(recipes, version), partial(key_values, version), Skeleton(latent=Latent()))
-    for version in (V2, V3)
+_SKELETON = Skeleton(latent=Latent())
+DEEPSEEK_V2 = Converter(ARCHITECTURE, partial(recipes, V2), partial(key_values, V2), _SKELETON)
+DEEPSEEK_V3 = Converter(
+    ARCHITECTURE,
+    partial(recipes, V3),
+    partial(key_values, V3),
+    _SKELETON,
+    left_out=lambda config, shapes: mtp_blocks(_with_defaults(V3, config), shapes),
+    with_mtp=Converter(
+        ARCHITECTURE, partial(recipes, V3, keep_mtp=True), partial(key_values, V3, keep_mtp=True), _SKELETON
+    ),
 )
 
 
@@ -176,6 +209,18 @@ def _with_defaults(version: Version, config: Config) -> dict[str, Any]:
     if not (config.get("rope_parameters") or config.get("rope_scaling")):
         assumed["rope_theta"] = 10000.0
     return {**assumed, **{key: value for key, value in config.items() if value is not None or key == "q_lora_rank"}}
+
+
+def _check_mtp(config: Config, shapes: Shapes) -> None:
+    if not mtp_blocks(config, shapes):
+        raise SourceError("has no block that predicts a further token, expected one; leave out --keep-mtp")
+    # llama.cpp's graph of the block knows neither
+    check_only(config, {"num_nextn_predict_layers": 1}, "blocks that predict further tokens")
+    if config["q_lora_rank"] is None:
+        raise SourceError(
+            "config.json has no q_lora_rank, expected one: llama.cpp cannot run the block that predicts a further "
+            "token without; leave out --keep-mtp"
+        )
 
 
 def _one_matrix_for_granted(config: Config) -> bool:
