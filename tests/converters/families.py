@@ -272,10 +272,8 @@ def _add_predicting_layer(weights: Path, n_layer: int) -> None:
     more = {own + name.removeprefix(last): value.clone() for name, value in files.items() if name.startswith(last)}
     shapes = {**dict.fromkeys(("enorm", "hnorm", "shared_head.norm"), (64,)), "eh_proj": (64, 128)}
     shapes |= dict.fromkeys(("embed_tokens", "shared_head.head"), (VOCAB, 64))
-    more |= {f"{own}{name}.weight": 0.1 * torch.randn(shape) for name, shape in shapes.items()}
-    more = {
-        name: value.to(files["lm_head.weight"].dtype) if name not in files else value for name, value in more.items()
-    }
+    dtype = files["model.embed_tokens.weight"].dtype
+    more |= {f"{own}{name}.weight": 0.1 * torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
     save_file({**files, **more}, weights, metadata={"format": "pt"})
 
 
