@@ -12,6 +12,7 @@ from typing import Any
 
 from converters.deepseek_tensors import ALONE, Place, deepseek_tables, expert_extras, leading_dense
 from converters.key_values import add_text_parameters, as_kvs, need_number, start_writer
+from converters.rope_settings import check_rope
 from converters.tensor_table import Row, Shapes, check_only, recipes_of
 from converters.vocabulary import add_bpe_vocabulary
 from mopeq_edge.gguf_file import KV
@@ -46,6 +47,7 @@ def recipes(config: Config, shapes: Shapes, place: Place = ALONE) -> list[Recipe
         "num_key_value_heads": need_number(config, "num_attention_heads"),
     }
     check_only(config, only, "this kind of DeepSeek")
+    check_rope(config, ARCHITECTURE, "this kind of DeepSeek")
     return recipes_of(deepseek_tables(config, shapes, _ATTENTION, place=place), shapes)
 
 

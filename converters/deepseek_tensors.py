@@ -32,6 +32,15 @@ _SIZES = {
     "expert": "n_routed_experts",
 }
 _FURTHER = "num_nextn_predict_layers"
+_NEXTN: Mapping[str, Row] = {
+    "eh_proj.weight": Row("nextn.eh_proj.weight", ("two_hidden", "hidden")),
+    "enorm.weight": Row("nextn.enorm.weight", ("hidden",), f32=True),
+    "hnorm.weight": Row("nextn.hnorm.weight", ("hidden",), f32=True),
+    "embed_tokens.weight": Row("nextn.embed_tokens.weight", ("hidden", "vocab"), optional=True),
+    "shared_head.norm.weight": Row("nextn.shared_head_norm.weight", ("hidden",), f32=True, optional=True),
+    "shared_head.head.weight": Row("nextn.shared_head_head.weight", ("hidden", "vocab"), optional=True),
+}
+"""What joins a block that predicts a further token to the others; the rest of it is a block like them."""
 
 
 @dataclass(frozen=True)
@@ -53,34 +62,51 @@ def deepseek_tables(
     router: Mapping[str, Row] | None = None,
     sizes: Mapping[str, int] | None = None,
     place: Place = ALONE,
+    keep_mtp: bool = False,
 ) -> Tables:
-    """The tables of a DeepSeek with the given attention.
+    """The tables of a DeepSeek with the given attention; ``keep_mtp``: with blocks that predict further tokens.
 
     ``router`` are further tensors of a layer with experts; ``sizes`` are those that only ``attention`` names.
     """
     layers_prefix = f"{place.prefix}model.layers."
     own = {**sizes_of(config, _SIZES), **(sizes or {})}
+    own["two_hidden"] = 2 * own["hidden"]
     own["shared"] = own["ff"] * need_number(config, "n_shared_experts")
     n_layer, n_dense = need_number(config, "num_hidden_layers"), leading_dense(config)
     # layers that predict further tokens stand behind the others; llama.cpp's converter leaves them out
-    n_further = need_number(config, _FURTHER) if config.get(_FURTHER) else 0
+    n_further = further(config)
     check_count(_FURTHER, n_further, shapes)
     model = decoder_rows(config, shapes, decoder=f"{place.prefix}model.", head=f"{place.prefix}lm_head.")
     dense, sparse = {**_NORMS, **attention, **_DENSE}, {**_NORMS, **attention, **_SPARSE, **(router or {})}
     return Tables(
         "a DeepSeek",
         model,
-        lambda layer: dense if layer < n_dense else sparse,
+        lambda layer: {**(dense if layer < n_dense else sparse), **(_NEXTN if layer >= n_layer else {})},
         _EXPERTS,
         own,
-        n_layer,
+        n_layer + n_further if keep_mtp else n_layer,
         sparse=lambda layer: layer >= n_dense,
         layers_prefix=layers_prefix,
         skipped=(
-            *(f"{layers_prefix}{layer}." for layer in range(n_layer, n_layer + n_further)),
+            *(f"{layers_prefix}{layer}." for layer in range(n_layer, n_layer + n_further) if not keep_mtp),
             *place.skipped,
         ),
     )
+
+
+def further(config: Config) -> int:
+    """How many blocks stand behind the others and predict further tokens."""
+    return need_number(config, _FURTHER) if config.get(_FURTHER) else 0
+
+
+def mtp_blocks(config: Config, shapes: Shapes) -> list[str]:
+    """A line that says what is left out, if the checkpoint has blocks that predict further tokens."""
+    first, n_further = need_number(config, "num_hidden_layers"), further(config)
+    found = [layer for layer in range(first, first + n_further) if f"model.layers.{layer}.eh_proj.weight" in shapes]
+    if not found:
+        return []
+    blocks = f"block {found[0]}" if len(found) == 1 else f"blocks {found[0]} to {found[-1]}"
+    return [f"{blocks} (MTP, only for speculative decoding) left out; --keep-mtp keeps it"]
 
 
 def leading_dense(config: Config) -> int:

@@ -14,8 +14,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from converters.deepseek_tensors import ALONE, Place, deepseek_tables, expert_extras, leading_dense
+from converters.deepseek_tensors import (
+    ALONE,
+    Place,
+    deepseek_tables,
+    expert_extras,
+    further,
+    leading_dense,
+    mtp_blocks,
+)
 from converters.key_values import add_text_parameters, as_kvs, need_number, start_writer
+from converters.rope_settings import check_rope, rope_of
 from converters.tensor_table import HeadStack, PerHead, Row, Shapes, check_only, recipes_of, sizes_of
 from converters.vocabulary import add_bpe_vocabulary
 from mopeq_edge.errors import SourceError
@@ -68,11 +77,6 @@ _ONLY: Mapping[str, object] = {"hidden_act": "silu", "attention_bias": False, "m
 _LARGEST_EPSILON = 1e-5
 """The norms of the latents have 1e-6 whatever config.json says, llama.cpp has one for all: with this one the logits of
 small random models move by 1e-4 of their spread."""
-# llama.cpp does not read these from a file of this architecture
-_YARN: Mapping[str, object] = {
-    **{"beta_fast": 32, "beta_slow": 1, "attention_factor": None, "attn_factor": None, "extrapolation_factor": None},
-    "truncate": True,
-}
 V2 = Version(
     "DeepSeek-V2",
     {
@@ -101,7 +105,9 @@ V3 = Version(
 )
 
 
-def recipes(version: Version, config: Config, shapes: Shapes, place: Place = ALONE) -> list[Recipe]:
+def recipes(
+    version: Version, config: Config, shapes: Shapes, place: Place = ALONE, *, keep_mtp: bool = False
+) -> list[Recipe]:
     """Recipes in the order of ``shapes``; ``place`` is where in the checkpoint the text model is."""
     check_only(
         config, {**version.only, "num_key_value_heads": need_number(config, "num_attention_heads")}, version.name
@@ -112,7 +118,7 @@ def recipes(version: Version, config: Config, shapes: Shapes, place: Place = ALO
             f"config.json has rms_norm_eps {config['rms_norm_eps']!r}, expected at most {_LARGEST_EPSILON}: llama.cpp "
             "gives it to the norms of the latents too, so no GGUF of this checkpoint would be right"
         )
-    _check_rope(version, config)
+    check_rope(config, ARCHITECTURE, version.name)
     scale = next((name for name in shapes if name.endswith(_FP8_SCALE)), None)
     if scale is not None:
         raise SourceError(f"tensor '{scale}' belongs to FP8 weights; give the checkpoint in BF16 instead")
@@ -126,7 +132,17 @@ def recipes(version: Version, config: Config, shapes: Shapes, place: Place = ALO
     _check_query(config)
     if config["q_lora_rank"] is not None:
         query, sizes["query_latent"] = _LOW_RANK_QUERY, need_number(config, "q_lora_rank")
-    tables = deepseek_tables(config, shapes, {**query, **_ATTENTION}, router=version.router, sizes=sizes, place=place)
+    if keep_mtp:
+        _check_mtp(config, shapes)
+    tables = deepseek_tables(
+        config,
+        shapes,
+        {**query, **_ATTENTION},
+        router=version.router,
+        sizes=sizes,
+        place=place,
+        keep_mtp=keep_mtp,
+    )
     return recipes_of(tables, shapes)
 
 
@@ -137,8 +153,10 @@ def key_values(
     tensors: Sequence[SourceTensor],
     file_type: int,
     pre: str | None,
+    *,
+    keep_mtp: bool = False,
 ) -> dict[str, KV]:
-    """Key-values as llama.cpp's converter writes them."""
+    """Key-values as llama.cpp's converter writes them; with ``keep_mtp`` as for a model of which it keeps the block."""
     # seen from the latent, all heads share one key and value
     config = {**_with_defaults(version, config), "num_key_value_heads": 1}
     rope_dim, latent = need_number(config, "qk_rope_head_dim"), need_number(config, "kv_lora_rank")
@@ -160,17 +178,28 @@ def key_values(
         *expert_extras(config),
         ("add_rope_dimension_count", rope_dim),
     ]
-    if (mscale := _rope(config).get("mscale_all_dim")) is not None:
+    if (mscale := rope_of(config)[1].get("mscale_all_dim")) is not None:
         extras.append(("add_rope_scaling_yarn_log_mul", 0.1 * mscale))
+    if keep_mtp:
+        config = {**config, "num_hidden_layers": need_number(config, "num_hidden_layers") + further(config)}
+        extras.append(("add_nextn_predict_layers", further(config)))
     writer = start_writer(directory, ARCHITECTURE, tensors)
     add_text_parameters(writer, config, file_type, extras, (latent + rope_dim, latent))
     add_bpe_vocabulary(writer, directory, need_number(config, "vocab_size"), pre)
     return as_kvs(writer)
 
 
-DEEPSEEK_V2, DEEPSEEK_V3 = (
-    Converter(ARCHITECTURE, partial(recipes, version), partial(key_values, version), Skeleton(latent=Latent()))
-    for version in (V2, V3)
+_SKELETON = Skeleton(latent=Latent())
+DEEPSEEK_V2 = Converter(ARCHITECTURE, partial(recipes, V2), partial(key_values, V2), _SKELETON)
+DEEPSEEK_V3 = Converter(
+    ARCHITECTURE,
+    partial(recipes, V3),
+    partial(key_values, V3),
+    _SKELETON,
+    left_out=lambda config, shapes: mtp_blocks(_with_defaults(V3, config), shapes),
+    with_mtp=Converter(
+        ARCHITECTURE, partial(recipes, V3, keep_mtp=True), partial(key_values, V3, keep_mtp=True), _SKELETON
+    ),
 )
 
 
@@ -182,28 +211,15 @@ def _with_defaults(version: Version, config: Config) -> dict[str, Any]:
     return {**assumed, **{key: value for key, value in config.items() if value is not None or key == "q_lora_rank"}}
 
 
-def _rope(config: Config) -> Mapping[str, Any]:
-    rope: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return rope
-
-
-def _check_rope(version: Version, config: Config) -> None:
-    """Without scaling, or yarn with the one factor of all attention that the file has room for."""
-    rope = _rope(config)
-    kind = rope.get("rope_type", rope.get("type")) or "default"
-    if kind == "default":
-        return
-    if kind != "yarn":
+def _check_mtp(config: Config, shapes: Shapes) -> None:
+    if not mtp_blocks(config, shapes):
+        raise SourceError("has no block that predicts a further token, expected one; leave out --keep-mtp")
+    # llama.cpp's graph of the block knows neither
+    check_only(config, {"num_nextn_predict_layers": 1}, "blocks that predict further tokens")
+    if config["q_lora_rank"] is None:
         raise SourceError(
-            f"config.json has rope type '{kind}', expected default or yarn: llama.cpp would scale {version.name}'s "
-            "attention as for yarn, so no GGUF of this checkpoint would be right"
-        )
-    check_only(rope, _YARN, f"{version.name}'s yarn")
-    mscale, of_all = rope.get("mscale"), rope.get("mscale_all_dim")
-    if not of_all or mscale != of_all:
-        raise SourceError(
-            f"config.json has yarn with mscale {mscale!r} and mscale_all_dim {of_all!r}, expected equal numbers: "
-            "llama.cpp knows one of them only, so no GGUF of this checkpoint would be right"
+            "config.json has no q_lora_rank, expected one: llama.cpp cannot run the block that predicts a further "
+            "token without; leave out --keep-mtp"
         )
 
 

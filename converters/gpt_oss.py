@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.key_values import add_text_parameters, as_kvs, need_number, start_writer, with_defaults
+from converters.rope_settings import check_rope
 from converters.tensor_table import (
     Experts,
     Row,
@@ -71,6 +72,7 @@ def recipes(config: Config, shapes: Shapes) -> list[Recipe]:
         **{"swiglu_alpha": ALPHA, "swiglu_limit": LIMIT},
     }
     check_only(config, only, "gpt-oss")
+    check_rope(config, ARCHITECTURE, "gpt-oss")
     _check_layers(config, n_layer)
     sizes = sizes_of(config, _SIZES)
     sizes |= {"q": sizes["head"] * sizes["head_dim"], "kv": sizes["head_kv"] * sizes["head_dim"]}

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from converters.key_values import add_text_parameters, as_kvs, need_number, start_writer, with_defaults
+from converters.llama_vocabulary import add_llama_vocabulary
+from converters.rope_settings import check_rope
 from converters.tensor_table import Experts, Row, Shapes, Tables, check_only, decoder_rows, recipes_of, sizes_of
-from converters.vocabulary import add_llama_vocabulary
 from mopeq_edge.errors import SourceError
 from mopeq_edge.gguf_file import KV
 from mopeq_edge.source.converter import Config, Converter, Recipe, Skeleton
@@ -61,6 +62,7 @@ def recipes(config: Config, shapes: Shapes) -> list[Recipe]:
         **{"spatial_target_layers": None, "deepstack_layer_map": None},
     }
     check_only(config, only, "GraniteMoE")
+    check_rope(config, ARCHITECTURE, "GraniteMoE")
     for key in _MULTIPLIERS:
         _multiplier(config, key)
     sizes = sizes_of(config, _SIZES)

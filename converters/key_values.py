@@ -15,6 +15,7 @@ from typing import Any
 import gguf
 import numpy as np
 
+from converters.rope_settings import require_needed, rope_of
 from mopeq_edge.errors import SourceError
 from mopeq_edge.gguf_file import KV, ValueType
 from mopeq_edge.gguf_layout import layout
@@ -39,11 +40,7 @@ _AFTER_ROPE: Sequence[tuple[tuple[str, ...], str]] = (
     (("topk_group",), "add_expert_group_used_count"),
 )
 
-# (scaling, settings that it needs)
-_ROPE_SCALING: Mapping[str, tuple[Any, tuple[str, ...]]] = {
-    "linear": (gguf.RopeScalingType.LINEAR, ("factor",)),
-    "yarn": (gguf.RopeScalingType.YARN, ("factor", "original_max_position_embeddings")),
-}
+_ROPE_SCALING: Mapping[str, Any] = {"linear": gguf.RopeScalingType.LINEAR, "yarn": gguf.RopeScalingType.YARN}
 _ROPE_SCALING_NUMBERS: Sequence[tuple[tuple[str, ...], str]] = (
     (("factor",), "add_rope_scaling_factor"),
     (("original_max_position_embeddings",), "add_rope_scaling_orig_ctx_len"),
@@ -157,20 +154,12 @@ def _add_numbers(writer: Any, config: Config, table: Sequence[tuple[tuple[str, .
 
 
 def _add_rope(writer: Any, config: Config) -> None:
-    rope: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type")) or "default"
+    kind, rope = rope_of(config)
     if kind not in ("default", *_ROPE_SCALING):
         raise SourceError(f"config.json has rope type '{kind}', expected default, linear or yarn; not supported yet")
     if kind in _ROPE_SCALING:
-        scaling, needed = _ROPE_SCALING[kind]
-        # Older configurations keep the original length beside the rope's own settings
-        rope = {**{key: config[key] for key in needed if key in config}, **rope}
-        missing = [key for key in needed if rope.get(key) is None]
-        if missing:
-            raise SourceError(
-                f"config.json has a rope of type '{kind}' without {missing[0]}; use the config.json of these weights"
-            )
-        writer.add_rope_scaling_type(scaling)
+        require_needed(kind, rope)
+        writer.add_rope_scaling_type(_ROPE_SCALING[kind])
         _add_numbers(writer, rope, _ROPE_SCALING_NUMBERS if kind == "yarn" else _ROPE_SCALING_NUMBERS[:1])
     if (sections := rope.get("mrope_section")) is not None:
         writer.add_rope_dimension_sections(_sections(sections))

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from converters.key_values import add_text_parameters, as_kvs, need_number, start_writer, with_defaults
+from converters.llama_vocabulary import add_llama_vocabulary
+from converters.rope_settings import check_rope
 from converters.tensor_table import Experts, Row, Shapes, Tables, check_only, decoder_rows, recipes_of, sizes_of
-from converters.vocabulary import add_llama_vocabulary
 from mopeq_edge.gguf_file import KV
 from mopeq_edge.source.converter import Config, Converter, Recipe, Skeleton
 from mopeq_edge.source.model import SourceTensor
@@ -38,6 +39,7 @@ def recipes(config: Config, shapes: Shapes) -> list[Recipe]:
     """Recipes in the order of ``shapes``."""
     check_only(config, {"hidden_act": "silu", "sliding_window": None}, "Mixtral")
     config = _with_defaults(config)
+    check_rope(config, ARCHITECTURE, "Mixtral")
     sizes, head_dim = sizes_of(config, _SIZES), _head_dim(config)
     sizes |= {"q": sizes["head"] * head_dim, "kv": sizes["head_kv"] * head_dim}
     model = decoder_rows(config, shapes)

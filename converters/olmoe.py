@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from converters.key_values import add_text_parameters, as_kvs, need_number, start_writer, with_defaults
+from converters.rope_settings import check_rope
 from converters.tensor_table import Experts, Row, Shapes, Tables, check_only, decoder_rows, recipes_of, sizes_of
 from converters.vocabulary import add_bpe_vocabulary
 from mopeq_edge.gguf_file import KV
@@ -39,6 +40,7 @@ def recipes(config: Config, shapes: Shapes) -> list[Recipe]:
         "num_key_value_heads": need_number(config, "num_attention_heads"),
     }
     check_only(config, only, "OLMoE")
+    check_rope(config, ARCHITECTURE, "OLMoE")
     n_layer = need_number(config, "num_hidden_layers")
     # llama.cpp loads no OLMoE without an output matrix
     model = decoder_rows(config, shapes, needs_output=True)

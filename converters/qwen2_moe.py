@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.key_values import add_text_parameters, as_kvs, need_number, start_writer, with_defaults
+from converters.rope_settings import check_rope
 from converters.tensor_table import Experts, Row, Shapes, Tables, check_only, decoder_rows, recipes_of, sizes_of
 from converters.vocabulary import add_bpe_vocabulary
 from mopeq_edge.gguf_file import KV
@@ -56,6 +57,7 @@ def recipes(config: Config, shapes: Shapes) -> list[Recipe]:
         "head_dim": hidden // heads,
     }
     check_only(config, only, "Qwen2-MoE")
+    check_rope(config, ARCHITECTURE, "Qwen2-MoE")
     if isinstance(kinds := config.get("layer_types"), list):
         check_only(config, {"layer_types": ["full_attention"] * len(kinds)}, "Qwen2-MoE")
     sizes = {**sizes_of(config, _SIZES), "kv": need_number(config, "num_key_value_heads") * (hidden // heads), "one": 1}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.key_values import add_text_parameters, as_kvs, need_number, start_writer, with_defaults
+from converters.rope_settings import check_rope
 from converters.tensor_table import Experts, Row, Shapes, Sizes, Tables, check_only, decoder_rows, recipes_of, sizes_of
 from converters.vocabulary import add_bpe_vocabulary
 from mopeq_edge.gguf_file import KV
@@ -47,6 +48,7 @@ def recipes(config: Config, shapes: Shapes) -> list[Recipe]:
     """Recipes in the order of ``shapes``."""
     config = _with_defaults(config)
     check_only(config, {**ONLY, "norm_topk_prob": True}, "Qwen3-MoE")
+    check_rope(config, ARCHITECTURE, "Qwen3-MoE")
     model = decoder_rows(config, shapes)
     n_layer = need_number(config, "num_hidden_layers")
     return recipes_of(Tables("a Qwen3-MoE", model, lambda _: LAYER, _EXPERTS, sizes(config), n_layer), shapes)

@@ -13,6 +13,7 @@ from typing import Any
 
 from converters.key_values import add_text_parameters, as_kvs, need_number, start_writer, with_defaults
 from converters.qwen3_moe import LAYER, ONLY, sizes
+from converters.rope_settings import check_rope
 from converters.tensor_table import Experts, Shapes, Tables, check_only, decoder_rows, recipes_of
 from converters.vocabulary import add_bpe_vocabulary
 from mopeq_edge.errors import SourceError
@@ -37,6 +38,7 @@ def recipes(config: Config, shapes: Shapes) -> list[Recipe]:
     """Recipes of the text model in the order of ``shapes``."""
     text = _text_config(config)
     check_only(text, ONLY, "Qwen3-VL-MoE")
+    check_rope(text, ARCHITECTURE, "Qwen3-VL-MoE")
     return recipes_of(
         Tables(
             "a Qwen3-VL-MoE",

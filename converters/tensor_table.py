@@ -27,14 +27,15 @@ class Row:
     """One tensor of the checkpoint: its GGUF ``name``, its shape as ggml's ne in names of sizes.
 
     ``f32``: llama.cpp wants it in F32. ``heads``: the size that counts the heads whose rotary halves llama.cpp
-    interleaves. ``also``: the name under which it is written a second time. ``same_as``, ``needed``: see
-    :class:`Recipe`.
+    interleaves. ``optional``: not every checkpoint has it. ``also``: the name under which it is written a second time.
+    ``same_as``, ``needed``: see :class:`Recipe`.
     """
 
     name: str
     axes: tuple[str, ...]
     f32: bool = False
     heads: str = ""
+    optional: bool = False
     also: str = ""
     same_as: str | None = None
     needed: bool = False
@@ -179,7 +180,8 @@ def recipes_of(tables: Tables, shapes: Shapes) -> list[Recipe]:
                 found.extend(_stacks(tables, layer, parts[layer]))
         elif not name.endswith(_DERIVED) and not name.startswith(tables.skipped):
             raise SourceError(f"tensor '{name}' is not known in {tables.family} of {n_layer} layers; update mopeq-edge")
-    for name in sorted(wanted.union(*waiting.values())):
+    missing = {name for name in wanted if not getattr(rows[name][0], "optional", False)}
+    for name in sorted(missing.union(*waiting.values())):
         raise SourceError(f"tensor '{name}'{_whose(tables, name)} is missing; download the whole checkpoint again")
     return found
 

@@ -1,4 +1,4 @@
-"""A byte-pair vocabulary: tokens, their types, merges and special tokens, as llama.cpp wants them."""
+"""A byte-level vocabulary: tokens, their types, merges and special tokens, as llama.cpp wants them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ from typing import Any
 import gguf
 
 from converters.pre_tokenizer import pre_tokenizer_name
-from mopeq_edge.errors import SourceError
+from mopeq_edge.errors import FormatError, SourceError
 from mopeq_edge.source.checkpoint import read_json_object
-
-_GRANITE_SMALL = 49152
-"""llama.cpp's converter of the Llama kind never adds BOS to a vocabulary of this size."""
 
 _SPECIAL = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 _SPECIAL_ENDS = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
@@ -29,27 +26,37 @@ def add_bpe_vocabulary(
     behind ``vocab_size`` are left out. Raises :class:`SourceError` if there is no tokenizer, it does not fit the model
     or llama.cpp has no pre-tokenizer like it.
     """
-    tokenizer = load_tokenizer(directory)
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if largest >= vocab_size + n_further:
-        further = f" and {n_further} further" if n_further else ""
+    if is_byte_fallback(directory):
         raise SourceError(
-            f"{directory}: the tokenizer has a token {largest}, but config.json has vocab_size {vocab_size}{further}; "
-            "use the tokenizer of these weights"
+            f"{directory}: its tokenizer.json is of the SentencePiece kind (byte_fallback), expected a byte-level one: "
+            "llama.cpp's converter reads no other for this architecture; use the tokenizer of these weights"
         )
+    tokenizer = load_tokenizer(directory)
+    check_fits(directory, tokenizer, vocab_size, n_further)
     name = pre_tokenizer_name(directory, tokenizer, pre)
     tokens, types = tokens_and_types(tokenizer, vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(name)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    try:
-        special = gguf.SpecialVocab(directory, load_merges=True)
-    except ValueError as error:
-        raise SourceError(f"{directory}: its special tokens cannot be read ({error}); download it again") from None
+    special = special_tokens(directory, load_merges=True)
     if not special.merges:
         raise SourceError(f"{directory}: the tokenizer has no merges, expected a byte-pair one; not supported yet")
+    add_special_tokens(writer, special, add_bos)
+
+
+def special_tokens(directory: Path, *, load_merges: bool = False, n_vocab: int | None = None) -> Any:
+    """A ``gguf.SpecialVocab`` of ``directory`` that decides as llama.cpp's copy of it. ``n_vocab``: ids end there."""
+    try:
+        special = gguf.SpecialVocab(directory, load_merges=load_merges, n_vocab=n_vocab)
+    except ValueError as error:
+        raise SourceError(f"{directory}: its special tokens cannot be read ({error}); download it again") from None
     _follow_post_processor(special, directory)
+    return special
+
+
+def add_special_tokens(writer: Any, special: Any, add_bos: bool | None) -> None:
+    """Merges, ids of special tokens, whether they are added, chat template; ``add_bos`` overrides what is said."""
     if add_bos is not None and "bos" in special.add_special_token:
         special.add_special_token["bos"], add_bos = add_bos, None
     special.add_to_gguf(writer, quiet=True)
@@ -57,13 +64,32 @@ def add_bpe_vocabulary(
         writer.add_add_bos_token(add_bos)
 
 
-def add_llama_vocabulary(writer: Any, directory: Path, vocab_size: int, pre: str | None) -> None:
-    """:func:`add_bpe_vocabulary` for the families that llama.cpp's converter derives from Llama."""
-    settings = directory / "tokenizer_config.json"
-    prefix = read_json_object(settings).get("add_prefix_space") if settings.is_file() else None
-    if prefix is not None:
-        writer.add_add_space_prefix(prefix)
-    add_bpe_vocabulary(writer, directory, vocab_size, pre, add_bos=False if vocab_size == _GRANITE_SMALL else None)
+def check_fits(directory: Path, tokenizer: Any, vocab_size: int, n_further: int = 0) -> None:
+    """Refuse a tokenizer with ids that the model has no row for."""
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= vocab_size + n_further:
+        further = f" and {n_further} further" if n_further else ""
+        raise SourceError(
+            f"{directory}: the tokenizer has a token {largest}, but config.json has vocab_size {vocab_size}{further}; "
+            "use the tokenizer of these weights"
+        )
+
+
+def is_byte_fallback(directory: Path) -> bool:
+    """Whether tokenizer.json is a SentencePiece model written as byte pairs, as llama.cpp's converter tells it."""
+    path = directory / "tokenizer.json"
+    try:
+        found = read_json_object(path) if path.is_file() else {}
+    except FormatError:
+        return False  # load_tokenizer says what is wrong with it
+    model, decoder = found.get("model"), found.get("decoder")
+    return (
+        isinstance(model, dict)
+        and isinstance(decoder, dict)
+        and model.get("type") == "BPE"
+        and bool(model.get("byte_fallback"))
+        and decoder.get("type") == "Sequence"
+    )
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -102,7 +128,7 @@ def tokens_and_types(tokenizer: Any, vocab_size: int) -> tuple[list[str], list[i
             if not added[number].normalized:
                 # llama.cpp looks for added tokens in text that was normalized, so normalize them too
                 text = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False))
-            if added[number].special or _looks_special(text):
+            if added[number].special or looks_special(text):
                 kind = gguf.TokenType.CONTROL
             else:
                 text, kind = text.replace("\N{LOWER ONE EIGHTH BLOCK}", " "), gguf.TokenType.USER_DEFINED
@@ -111,7 +137,7 @@ def tokens_and_types(tokenizer: Any, vocab_size: int) -> tuple[list[str], list[i
     return tokens, types
 
 
-def _looks_special(text: str) -> bool:
+def looks_special(text: str) -> bool:
     """Some checkpoints do not mark their control tokens as special."""
     return text in _SPECIAL or any(text.startswith(start) and text.endswith(end) for start, end in _SPECIAL_ENDS)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from converters import CONVERTERS
 from converters.by_script import checkpoint_files, converted_gguf
+from mopeq_edge.artifacts import digest
 from mopeq_edge.progress import Progress
 from mopeq_edge.source.digests import Digests
 from mopeq_edge.source.model import Source
@@ -41,14 +42,15 @@ def open_context(
     work: Path,
     *,
     pre: str | None,
+    keep_mtp: bool = False,
     threads: int,
     progress: Progress,
     before_script: BeforeScript | None = None,
 ) -> Context:
     """Open ``model`` and say what its user should know.
 
-    A directory that no converter of ours knows becomes a GGUF in ``work`` by llama.cpp's own script;
-    ``before_script`` is asked first, because that takes minutes.
+    ``keep_mtp`` keeps blocks of a checkpoint that predict further tokens. A directory that no converter of ours knows
+    becomes a GGUF in ``work`` by llama.cpp's own script; ``before_script`` is asked first, because that takes minutes.
     """
     directory = WorkDirectory(work)
     digests = Digests(directory.file("hashes.json"))
@@ -61,7 +63,11 @@ def open_context(
             before_script(checkpoint)
         return converted_gguf(path, architecture, directory, digests, pre=pre, progress=progress)
 
-    source = open_source(model, CONVERTERS, pre, to_gguf)
+    source = open_source(model, CONVERTERS, pre, to_gguf, keep_mtp=keep_mtp)
     for warning in source.warnings:
         progress.note(f"note: {warning}")
-    return Context(source, digests.of_source(source), directory, threads, progress, checkpoint)
+    content = digests.of_source(source)
+    if keep_mtp:
+        # another model of the same files: what was measured or written without its further blocks must not serve it
+        content = digest(["with MTP", content])
+    return Context(source, content, directory, threads, progress, checkpoint)

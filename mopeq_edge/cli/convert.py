@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--no-evaluate", is_flag=True, help="Do not run the result in llama.cpp.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @options.work_option
-@options.pre_option
+@options.source_options
 @threads_option
 @json_option
 def convert(model: Path, out: Path, **given: Any) -> None:
@@ -72,7 +72,13 @@ def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Conver
         options.check_before_script(model, given, text, evaluation_text)
 
     context = open_context(
-        model, work, pre=given["pre"], threads=given["threads"], progress=progress, before_script=before_script
+        model,
+        work,
+        pre=given["pre"],
+        keep_mtp=given["keep_mtp"],
+        threads=given["threads"],
+        progress=progress,
+        before_script=before_script,
     )
     # the tail is kept back always: so --no-evaluate and --eval-text reuse the calibration too
     words, tail = split_text(read_text(text), HELD_OUT) if text is not None else ("", "")

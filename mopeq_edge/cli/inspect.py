@@ -21,9 +21,9 @@ STACKS_SHOWN = 24
 @click.argument("model", type=FILE)
 @click.option("--types", default="default", show_default=True, help="Candidate types: default, k, all, or a list.")
 @click.option("--floor", "floors", multiple=True, help="ROLE=TYPE or ROLE=BITS: least type of a role.")
-@options.pre_option
+@options.source_options
 @json_option
-def inspect(model: Path, types: str, floors: tuple[str, ...], pre: str | None, as_json: bool) -> None:
+def inspect(model: Path, types: str, floors: tuple[str, ...], pre: str | None, keep_mtp: bool, as_json: bool) -> None:
     """Show architecture, experts, bytes by kind and the sizes that a plan for MODEL can have.
 
     A directory with an architecture that no converter of ours knows is asked through llama.cpp's own script, without
@@ -65,7 +65,7 @@ def inspect(model: Path, types: str, floors: tuple[str, ...], pre: str | None, a
             header_gguf(directory, Path(folder) / "header.gguf", pre=pre)
             return Path(folder) / "header.gguf"
 
-        source = open_source(model, CONVERTERS, pre, to_gguf)
+        source = open_source(model, CONVERTERS, pre, to_gguf, keep_mtp=keep_mtp)
         found = describe(source, request, options.CALIBRATION_NAME)
     if as_json:
         print_json(found.as_dict())

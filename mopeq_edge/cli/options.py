@@ -39,11 +39,13 @@ def work_option(command: F) -> F:
     )(command)
 
 
-def pre_option(command: F) -> F:
-    """``--pre``."""
-    return click.option("--pre", help="Name of the pre-tokenizer (tokenizer.ggml.pre), if it is not recognised.")(
-        command
-    )
+source_options = _stack(
+    click.option("--pre", help="Name of the pre-tokenizer (tokenizer.ggml.pre), if it is not recognised."),
+    click.option(
+        "--keep-mtp", is_flag=True, help="Keep the blocks of a DeepSeek-V3 that predict further tokens (MTP, NextN)."
+    ),
+)
+"""``--pre`` and ``--keep-mtp``: how a MODEL is read."""
 
 
 calibration_options = _stack(

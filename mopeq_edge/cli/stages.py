@@ -23,8 +23,15 @@ def _context(model: Path, given: dict[str, Any], progress: Any, before_script: B
     from mopeq_edge.pipeline import open_context
 
     work = options.work_directory(given["work_dir"], model)
-    threads, pre = given["threads"], given.get("pre")
-    return open_context(model, work, pre=pre, threads=threads, progress=progress, before_script=before_script)
+    return open_context(
+        model,
+        work,
+        pre=given.get("pre"),
+        keep_mtp=given.get("keep_mtp", False),
+        threads=given["threads"],
+        progress=progress,
+        before_script=before_script,
+    )
 
 
 def _finished_calibration(context: Context) -> Calibrated:
@@ -37,7 +44,7 @@ def _finished_calibration(context: Context) -> Calibrated:
 @click.argument("model", type=FILE)
 @options.calibration_options
 @options.work_option
-@options.pre_option
+@options.source_options
 @threads_option
 @json_option
 def calibrate(model: Path, **given: Any) -> None:
@@ -90,7 +97,7 @@ def calibrate(model: Path, **given: Any) -> None:
 @click.option("--types", default="default", show_default=True, help="Candidate types: default, k, all, or a list.")
 @options.measure_options
 @options.work_option
-@options.pre_option
+@options.source_options
 @threads_option
 @json_option
 def sensitivity(model: Path, **given: Any) -> None:
@@ -130,7 +137,7 @@ def sensitivity(model: Path, **given: Any) -> None:
 @click.option("-o", "--output", type=FILE, help="Where to write the plan (default: plan.json in the work directory).")
 @click.option("--tensor-type-file", type=FILE, help="Also write the plan for llama-quantize --tensor-type-file.")
 @options.work_option
-@options.pre_option
+@options.source_options
 @threads_option
 @json_option
 def plan(model: Path, **given: Any) -> None:
@@ -221,7 +228,7 @@ def planner_row(made: Plan) -> tuple[str, str]:
 @options.split_option
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @options.work_option
-@options.pre_option
+@options.source_options
 @threads_option
 @json_option
 def emit(model: Path, out: Path, **given: Any) -> None:

@@ -45,7 +45,7 @@ EVALUATION_NAME = "evaluation.txt"
 @click.option("--pictures", type=click.Choice(["png", "svg"]), help="Also draw; needs matplotlib.")
 @options.calibration_options
 @options.work_option
-@options.pre_option
+@options.source_options
 @threads_option
 @json_option
 def study(model: Path, **given: Any) -> None:
@@ -153,6 +153,7 @@ def _setup(model: Path, given: dict[str, Any], progress: Progress) -> Setup:
         model,
         work,
         pre=given["pre"],
+        keep_mtp=given["keep_mtp"],
         threads=given["threads"],
         progress=progress,
         before_script=lambda _: options.check_before_script(model, given, text),

@@ -32,6 +32,7 @@ FLOORS: Mapping[Role, float] = {
     Role.OUTPUT: 4.0,
     Role.EMBEDDING: 4.0,
     Role.OTHER: 4.0,
+    Role.MTP: 4.0,
 }
 """Least bits per weight by role: every token passes through these tensors, and they are small.
 

@@ -84,6 +84,9 @@ def pricings(tensor: SourceTensor, statistics: Statistics, mopeq: Sequence[float
     (the embedding's activations, say) is priced by what is known of it; see the comments.
     """
     n = tensor.n_matrices
+    if tensor.role is Role.MTP:
+        # no logits of the model depend on it, so its floor decides
+        return {score: [Pricing(0.0)] * n for score in statistics.available()}
     made: dict[str, list[Pricing]] = {
         WEIGHT_MSE: [Pricing(1.0)] * n,
         MOPEQ: [Pricing(s) for s in mopeq],

@@ -115,7 +115,8 @@ class Converter:
     writing order; it raises :class:`SourceError` for a tensor that is missing or not known.
     ``key_values(directory, config, tensors, file_type, pre)`` returns the key-values in writing order;
     ``file_type`` is llama.cpp's ``general.file_type``, ``pre`` overrides the pre-tokenizer's name.
-    ``left_out(config, shapes)`` says, a line for each kind, what the GGUF lacks of the checkpoint.
+    ``left_out(config, shapes)`` says, a line for each kind, what the GGUF lacks of the checkpoint. ``with_mtp`` is the
+    one that keeps blocks that predict further tokens, of a family that has some.
     """
 
     architecture: str
@@ -123,6 +124,7 @@ class Converter:
     key_values: Callable[[Path, Config, Sequence[SourceTensor], int, str | None], dict[str, KV]]
     skeleton: Skeleton = Skeleton()
     left_out: Callable[[Config, Mapping[str, tuple[int, ...]]], list[str]] = nothing_left_out
+    with_mtp: Converter | None = None
 
 
 Choice = Callable[[Config], Converter]

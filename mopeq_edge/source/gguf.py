@@ -15,7 +15,7 @@ from mopeq_edge.ggml.library import bf16_to_f32, load_ggml
 from mopeq_edge.ggml.types import BF16, F16, F32, GgmlType
 from mopeq_edge.gguf_file import KV
 from mopeq_edge.source.file_bytes import read_bytes
-from mopeq_edge.source.model import Bytes, Floats, SourceTensor, require_finite
+from mopeq_edge.source.model import Bytes, Floats, SourceTensor, mark_mtp, require_finite
 from mopeq_edge.split import read_parts
 
 _INTEGERS: Mapping[str, str] = {"I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "F64": "<f8"}
@@ -47,7 +47,8 @@ class GGUFSource:
                     f"{path}: tensor '{info.name}': a file of the per-expert layout, its experts are already in groups "
                     "of different types; give the model that it was made of (mopeq-edge inspect describes this one)"
                 )
-        self.tensors = tuple(SourceTensor(info.name, info.shape[:3], info.type) for info in infos)
+        tensors = (SourceTensor(info.name, info.shape[:3], info.type) for info in infos)
+        self.tensors = mark_mtp(tensors, architecture, self.kvs)
         self._place_of = {
             i.name: (header.path, header.data_start + i.offset) for header in headers for i in header.tensors
         }

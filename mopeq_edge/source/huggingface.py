@@ -17,7 +17,7 @@ from mopeq_edge.ggml.types import BF16, F16, F32, MXFP4, GgmlType
 from mopeq_edge.gguf_file import KV
 from mopeq_edge.source.checkpoint import CONFIG, Checkpoint, read_config
 from mopeq_edge.source.converter import Converter, Converters, Part, Recipe, architecture_name, find_converter
-from mopeq_edge.source.model import Bytes, Floats, SourceTensor, require_finite
+from mopeq_edge.source.model import Bytes, Floats, SourceTensor, mark_mtp, require_finite
 from mopeq_edge.source.quantized import as_weights
 from mopeq_edge.source.shard import WEIGHT_DTYPES
 from mopeq_edge.source.tied import without_copies
@@ -69,6 +69,7 @@ class HuggingFaceSource:
         beside += sorted((directory / "additional_chat_templates").glob("*.jinja"))
         self.files: tuple[Path, ...] = (*beside, *self.checkpoint.files)
         self.kvs: Mapping[str, KV] = converter.key_values(directory, self.config, self.tensors, self._file_type(), pre)
+        self.tensors = mark_mtp(self.tensors, self.architecture, self.kvs)
 
     def read(self, tensor: SourceTensor, matrix: int = 0, rows: slice | None = None) -> Floats:
         raw, dtype = self._read_raw(tensor, matrix, rows)
@@ -204,11 +205,13 @@ def interleaved_halves(n_rows: int, heads: int) -> npt.NDArray[np.int64]:
     return np.arange(n_rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
 
 
-def open_huggingface(directory: Path, converters: Converters, pre: str | None = None) -> HuggingFaceSource:
+def open_huggingface(
+    directory: Path, converters: Converters, pre: str | None = None, *, keep_mtp: bool = False
+) -> HuggingFaceSource:
     """Open a checkpoint with the converter for the architecture in its ``config.json``.
 
-    ``pre`` overrides the name of the pre-tokenizer. Raises :class:`SourceError` for an architecture that is
-    not in ``converters``.
+    ``pre`` overrides the name of the pre-tokenizer; ``keep_mtp`` keeps blocks that predict further tokens. Raises
+    :class:`SourceError` for an architecture that is not in ``converters``, or has no such blocks.
     """
     name, converter = _chosen(directory, converters)
     if converter is None:
@@ -216,6 +219,12 @@ def open_huggingface(directory: Path, converters: Converters, pre: str | None = 
             f"{directory}: unknown architecture '{name}', known are: {_listed(converters)}; "
             "convert it to a BF16 GGUF with llama.cpp and give that file instead"
         )
+    if keep_mtp:
+        if converter.with_mtp is None:
+            raise SourceError(
+                f"{directory}: llama.cpp has no blocks that predict further tokens for {name}; leave out --keep-mtp"
+            )
+        converter = converter.with_mtp
     return HuggingFaceSource(directory, converter, pre)
 
 

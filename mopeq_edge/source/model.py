@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,10 +31,13 @@ class SourceTensor:
     shape: tuple[int, ...]
     type: GgmlType
     """How the source stores it (for a Hugging Face checkpoint: how llama.cpp's converter would)."""
+    mtp: bool = False
+    """Whether its block predicts further tokens: no text runs through it, so nothing is known of its matrices."""
 
     @property
     def role(self) -> Role:
-        return role_of(self.name)
+        found = role_of(self.name)
+        return Role.MTP if self.mtp and found not in (Role.NORM, Role.ROUTER) else found
 
     @property
     def layer(self) -> int | None:
@@ -42,7 +45,7 @@ class SourceTensor:
 
     @property
     def projection(self) -> str | None:
-        return projection_of(self.name)
+        return None if self.mtp else projection_of(self.name)
 
     @property
     def n_in(self) -> int:
@@ -144,6 +147,15 @@ def moe_shape(source: Source) -> MoeShape:
             "models, use llama-quantize for this one"
         )
     return shape
+
+
+def mark_mtp(tensors: Iterable[SourceTensor], architecture: str, kvs: Mapping[str, KV]) -> tuple[SourceTensor, ...]:
+    """``tensors`` with those marked that are in the last blocks, ``nextn_predict_layers`` of ``block_count``."""
+    n_block, n_further = (kvs.get(f"{architecture}.{key}") for key in ("block_count", "nextn_predict_layers"))
+    if n_block is None or n_further is None or not all(isinstance(kv.value, int) for kv in (n_block, n_further)):
+        return tuple(tensors)
+    first = n_block.value - n_further.value
+    return tuple(replace(t, mtp=True) if t.layer is not None and t.layer >= first else t for t in tensors)
 
 
 def read_rows(source: Source, tensor: SourceTensor, matrix: int, rows: npt.NDArray[np.integer[Any]]) -> Floats:

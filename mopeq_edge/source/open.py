@@ -15,11 +15,19 @@ ToGGUF = Callable[[Path, str], Path]
 """Makes the GGUF of a checkpoint directory with an architecture that no converter knows."""
 
 
-def open_source(path: Path, converters: Converters, pre: str | None = None, to_gguf: ToGGUF | None = None) -> Source:
+def open_source(
+    path: Path,
+    converters: Converters,
+    pre: str | None = None,
+    to_gguf: ToGGUF | None = None,
+    *,
+    keep_mtp: bool = False,
+) -> Source:
     """Open a Hugging Face directory or a GGUF file.
 
     ``converters`` are keyed by the name that ``config.json`` has for the architecture; ``pre`` overrides the name of a
-    checkpoint's pre-tokenizer. A directory that none of them knows is opened as the GGUF that ``to_gguf`` makes of it.
+    checkpoint's pre-tokenizer, ``keep_mtp`` keeps its blocks that predict further tokens. A directory that none of them
+    knows is opened as the GGUF that ``to_gguf`` makes of it.
     Raises :class:`SourceError` or :class:`FormatError` for anything that is no Mixture-of-Experts model or cannot be
     read.
     """
@@ -27,15 +35,21 @@ def open_source(path: Path, converters: Converters, pre: str | None = None, to_g
     if path.is_dir():
         unknown = unknown_architecture(path, converters) if to_gguf is not None else None
         if unknown is not None and to_gguf is not None:
+            if keep_mtp:
+                raise SourceError(
+                    f"{path}: llama.cpp's own converter decides what it keeps of a {unknown}; leave out --keep-mtp"
+                )
             source = GGUFSource(to_gguf(path, unknown))
         else:
-            source = open_huggingface(path, converters, pre)
+            source = open_huggingface(path, converters, pre, keep_mtp=keep_mtp)
     elif not path.exists():
         raise SourceError(f"{path}: does not exist; give the directory of a Hugging Face checkpoint or a GGUF file")
     elif path.suffix == ".safetensors":
         raise SourceError(f"{path}: holds weights only; give the directory that has its config.json too")
     elif pre is not None:
         raise SourceError(f"{path}: a GGUF file names its own pre-tokenizer; leave out the name '{pre}'")
+    elif keep_mtp:
+        raise SourceError(f"{path}: a GGUF file keeps all that it has; leave out --keep-mtp")
     else:
         source = GGUFSource(path)
     moe_shape(source)

@@ -17,6 +17,9 @@ class Role(str, Enum):
     EMBEDDING = "embedding"
     OUTPUT = "output"
     NORM = "norm"
+    MTP = "mtp"
+    """A matrix of a block behind the others that predicts further tokens (llama.cpp's NextN); its name alone does not
+    tell, the number of blocks does."""
     OTHER = "other"
 
 

@@ -270,8 +270,10 @@ def _add_predicting_layer(weights: Path, n_layer: int) -> None:
     files = load_file(weights)
     last, own = f"model.layers.{n_layer - 1}.", f"model.layers.{n_layer}."
     more = {own + name.removeprefix(last): value.clone() for name, value in files.items() if name.startswith(last)}
-    more |= {f"{own}{name}.weight": torch.ones(64) for name in ("enorm", "hnorm", "shared_head.norm")}
-    more |= {f"{own}eh_proj.weight": torch.zeros(64, 128), f"{own}embed_tokens.weight": torch.zeros(VOCAB, 64)}
+    shapes = {**dict.fromkeys(("enorm", "hnorm", "shared_head.norm"), (64,)), "eh_proj": (64, 128)}
+    shapes |= dict.fromkeys(("embed_tokens", "shared_head.head"), (VOCAB, 64))
+    dtype = files["model.embed_tokens.weight"].dtype
+    more |= {f"{own}{name}.weight": 0.1 * torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
     save_file({**files, **more}, weights, metadata={"format": "pt"})
 
 

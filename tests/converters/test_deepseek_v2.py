@@ -150,17 +150,17 @@ def test_what_llama_cpp_cannot_compute(version: Any, key: str, value: object) ->
         ({**YARN, "mscale": 1.0}, r"yarn with mscale 1.0 and mscale_all_dim 0.707, expected equal numbers"),
         ({**YARN, "mscale": None, "mscale_all_dim": None}, r"mscale None and mscale_all_dim None, expected equal"),
         ({**YARN, "mscale": 0.0, "mscale_all_dim": 0.0}, r"mscale 0.0 and mscale_all_dim 0.0, expected equal"),
-        ({**YARN, "beta_slow": 2.0}, r"config.json has beta_slow 2.0, expected 1: .* DeepSeek-V2's yarn"),
-        ({**YARN, "beta_fast": 16}, r"config.json has beta_fast 16, expected 32"),
-        ({**YARN, "attention_factor": 1.2}, r"config.json has attention_factor 1.2, expected none"),
-        ({**YARN, "truncate": False}, r"config.json has truncate False, expected True"),
+        ({**YARN, "beta_slow": 2.0}, r"with beta_fast 32.0, beta_slow 2.0, expected .* DeepSeek-V2's ramp"),
+        ({**YARN, "beta_fast": 2}, r"yarn with beta_fast 2, beta_slow 1.0, expected beta_fast 32"),
+        ({**YARN, "attention_factor": 1.2}, r"yarn with attention_factor 1.2, expected none"),
+        ({**YARN, "truncate": False}, r"truncate False, expected .* truncate True or none"),
         ({"type": "linear", "factor": 2.0}, r"config.json has rope type 'linear', expected default or yarn"),
     ],
 )
 def test_rope_that_llama_cpp_turns_in_another_way(rope: dict[str, object], message: str) -> None:
     for key in ("rope_parameters", "rope_scaling"):
         with pytest.raises(SourceError, match=message):
-            recipes(V2, {**CONFIG, key: rope}, SHAPES)
+            recipes(V2, {**CONFIG, "qk_rope_head_dim": 16, key: rope}, SHAPES)
 
 
 def test_the_number_of_layers_decides_about_the_query() -> None:
