@@ -2,8 +2,8 @@
 
 Ties: of equal scores ONNX's TopK takes the lower id. llama.cpp sorts with ``std::sort``, whose order of equals is not
 defined, and rounding in what comes before can turn any two scores that nearly tie. So each choice comes with its
-margin: what the score of the last expert chosen is above the first one left out (and, with groups, that of the last
-group). Ids of two programs may differ where the margin is of the size of their rounding.
+margin: how far the last expert chosen is above the first one left out (and, with groups, the last group), in logits
+where they alone choose, else in scores. Ids of two programs may differ where it is of the size of their rounding.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def router_graph(settings: Settings, correction: bool) -> Graph:
     x = graph.input("x", ("n_tokens", settings.n_embd))
     weight = graph.weight("ffn_gate_inp.weight", (own.n_expert, settings.n_embd))
     bias = graph.weight("ffn_gate_inp.bias", (own.n_expert,)) if settings.switches.router_bias else None
-    scores = graph.linear(x, weight, bias)
+    logits = scores = graph.linear(x, weight, bias)
     if own.gating is Gating.SOFTMAX:
         scores = graph.add("Softmax", scores, axis=-1)
     elif own.gating is Gating.SIGMOID:
@@ -38,7 +38,8 @@ def router_graph(settings: Settings, correction: bool) -> Graph:
     if own.n_groups > 1:
         ranks, margin = _within_groups(graph, settings, ranks)
         margins.append(margin)
-    ids, margin = _top(graph, ranks, own.n_used, own.n_expert)
+    logits_choose = own.gating is not Gating.SIGMOID and ranks is scores
+    ids, margin = _top(graph, ranks, logits if logits_choose else ranks, own.n_used, own.n_expert)
     margins.append(margin)
     weights = graph.add("GatherElements", scores, ids, axis=1)
     if own.gating is Gating.SOFTMAX_OF_CHOSEN:
@@ -54,9 +55,10 @@ def router_graph(settings: Settings, correction: bool) -> Graph:
     return graph
 
 
-def _top(graph: Graph, scores: Value, n_used: int, n: int) -> tuple[Value, Value]:
-    """Ids [n_tokens, n_used] of the highest of ``scores`` [n_tokens, n], and margins [n_tokens, 1]."""
-    values, ids = graph.add_several("TopK", 2, scores, graph.integers(min(n_used + 1, n)), axis=-1)
+def _top(graph: Graph, ranks: Value, unit: Value, n_used: int, n: int) -> tuple[Value, Value]:
+    """Ids [n_tokens, n_used] of the highest of ``ranks`` [n_tokens, n], and margins [n_tokens, 1] in ``unit``."""
+    _, ids = graph.add_several("TopK", 2, ranks, graph.integers(min(n_used + 1, n)), axis=-1)
+    values = graph.add("GatherElements", unit, ids, axis=1)
     last = graph.slice(values, n_used - 1, n_used)
     if n == n_used:
         return ids, graph.filled(last, math.inf)
@@ -70,7 +72,7 @@ def _within_groups(graph: Graph, settings: Settings, ranks: Value) -> tuple[Valu
     grouped = graph.reshape(ranks, 0, own.n_groups, size)
     best, _ = graph.add_several("TopK", 2, grouped, graph.integers(2), axis=-1)
     sums = graph.add("ReduceSum", best, graph.integers(-1), keepdims=0)
-    groups, margin = _top(graph, sums, own.n_groups_used, own.n_groups)
+    groups, margin = _top(graph, sums, sums, own.n_groups_used, own.n_groups)
     closed = graph.add("ScatterElements", graph.filled(sums, True), groups, graph.filled(groups, False), axis=1)
     closed = graph.reshape(closed, 0, own.n_groups, 1)
     masked = graph.add("Where", closed, graph.floats(-math.inf), grouped)

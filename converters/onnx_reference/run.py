@@ -41,7 +41,7 @@ class Routed:
 
     ``ids`` int32 and ``weights`` float32 [n_tokens, n_used]: the experts by their scores in the choice, from the
     highest, and what their outputs are multiplied with. ``margins`` float32 [n_tokens]: how far the choice is from
-    another one, in the unit of the scores (:mod:`converters.onnx_reference.router` on ties).
+    another one, in logits or scores (:mod:`converters.onnx_reference.router` on ties).
     """
 
     ids: Ints

@@ -32,6 +32,7 @@ from mopeq_edge.split import read_parts
 
 EMBD, FF, DENSE, EXPERTS, USED, SHARED, HEADS, VOCAB = 1280, 896, 6848, 64, 6, 2, 10, 129280
 ARCHITECTURE = "deepseek2-ocr"
+DRAWN = 2048
 REST = BY_NAME["Q4_K"]
 
 
@@ -49,7 +50,7 @@ def key_values(n_layer: int) -> dict[str, KV]:
     }
 
 
-def tensor_specs(n_layer: int, kind: GgmlType, narrow: GgmlType) -> list[TensorSpec]:
+def tensor_specs(n_layer: int, n_vocab: int, kind: GgmlType, narrow: GgmlType) -> list[TensorSpec]:
     """Experts in ``kind``, other matrices in :data:`REST`, all in ``narrow`` where the blocks of these do not fit the
     rows; norms and routers in F32.
     """
@@ -58,7 +59,7 @@ def tensor_specs(n_layer: int, kind: GgmlType, narrow: GgmlType) -> list[TensorS
         own = kind if len(shape) == 3 else REST
         return name, shape, own if own.fits(shape[0]) else narrow
 
-    specs = [matrix("token_embd.weight", EMBD, VOCAB), matrix("output.weight", EMBD, VOCAB)]
+    specs = [matrix(name, EMBD, n_vocab) for name in ("token_embd.weight", "output.weight")]
     specs.append(("output_norm.weight", (EMBD,), F32))
     for layer in range(n_layer):
         blk = f"blk.{layer}."
@@ -74,20 +75,21 @@ def tensor_specs(n_layer: int, kind: GgmlType, narrow: GgmlType) -> list[TensorS
     return specs
 
 
-def write_model(path: Path, n_layer: int, kind: GgmlType, narrow: GgmlType) -> None:
-    """Write the GGUF."""
-    specs = tensor_specs(n_layer, kind, narrow)
+def write_model(path: Path, n_layer: int, n_vocab: int, kind: GgmlType, narrow: GgmlType) -> None:
+    """Write the GGUF; of a long matrix some rows are drawn and repeated too."""
+    specs = tensor_specs(n_layer, n_vocab, kind, narrow)
     plan = layout(key_values(n_layer), specs)
     with atomic_write(path) as file:
         file.write(plan.header)
         for name, shape, own in specs:
             rows = shape[1] if len(shape) > 1 else 1
             rng = np.random.default_rng(zlib.crc32(name.encode()))
-            values = rng.standard_normal((rows, shape[0]), dtype=np.float32) * np.float32(0.02)
+            values = rng.standard_normal((min(rows, DRAWN), shape[0]), dtype=np.float32) * np.float32(0.02)
             if len(shape) == 1:
                 values += 1
             flat = np.ones(shape[0], dtype=np.float32)
             raw = values.tobytes() if own is F32 else load_ggml().quantize(own, values, flat).tobytes()
+            raw = (raw * -(-rows // DRAWN))[: own.nbytes(rows * shape[0])]
             for _ in range(shape[2] if len(shape) == 3 else 1):
                 file.write(raw)
             file.write(b"\0" * (-file.tell() % plan.alignment))
@@ -99,7 +101,7 @@ def measure_block(path: str, n_tokens: int, threads: int) -> None:
     settings, weights = read_settings(headers[0]), Weights(headers)
     parts = make_parts(settings, threads)
     check_tensors(settings, parts, weights)
-    tokens = np.random.default_rng(0).integers(0, VOCAB, n_tokens)
+    tokens = np.random.default_rng(0).integers(0, settings.n_vocab, n_tokens)
     hidden = embedding(weights, tokens, 50.0)
     block = 4 * sum(info.n_weights for info in headers[0].tensors if info.name.startswith("blk.1."))
     # the kernel's mark of the most that was resident starts again from what is resident now
@@ -128,7 +130,8 @@ def _resident(key: str) -> int:
     raise SystemExit(f"/proc/self/status has no {key}; this needs Linux")
 
 
-def _child(function: str, path: Path, n_tokens: int, threads: int) -> dict[str, Any]:
+def in_child(function: str, path: Path, n_tokens: int, threads: int) -> dict[str, Any]:
+    """What one of the two functions above prints in a process of its own."""
     code = f"from tools.bench.onnx_reference import {function}; {function}({str(path)!r}, {n_tokens}, {threads})"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     found: dict[str, Any] = json.loads(done.stdout)
@@ -146,11 +149,11 @@ def main(layers: int, tokens: int, kind: str, narrow: str, threads: int, as_json
     """Measure one block, then the whole file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
-        write_model(path, layers, BY_NAME[kind], BY_NAME[narrow])
+        write_model(path, layers, VOCAB, BY_NAME[kind], BY_NAME[narrow])
         result = {
             "file": path.stat().st_size,
-            "one_block": _child("measure_block", path, tokens, threads),
-            "all": _child("measure_file", path, tokens, threads),
+            "one_block": in_child("measure_block", path, tokens, threads),
+            "all": in_child("measure_file", path, tokens, threads),
         }
     if as_json:
         print_json(result)
