@@ -21,7 +21,7 @@ def feed_forward_graph(settings: Settings, suffix: str, n_ff: int, gated: bool =
     out = graph.linear(_swiglu(graph, gate, up), graph.weight(f"ffn_down{suffix}.weight", (n_embd, n_ff)))
     if gated:
         row = graph.reshape(graph.weight(f"ffn_gate_inp{suffix}.weight", (n_embd,)), 1, n_embd)
-        out = graph.add("Mul", out, graph.add("Sigmoid", graph.linear(x, row)))
+        out = graph.add("Mul", out, graph.sigmoid(graph.linear(x, row)))
     graph.output(out, "out", ("n_tokens", n_embd))
     return graph
 
@@ -81,12 +81,12 @@ def head_graph(settings: Settings) -> Graph:
 
 def _swiglu(graph: Graph, gate: Value, up: Value) -> Value:
     """up * gate * sigmoid(gate)"""
-    return graph.add("Mul", graph.add("Mul", gate, graph.add("Sigmoid", gate)), up)
+    return graph.add("Mul", graph.add("Mul", gate, graph.sigmoid(gate)), up)
 
 
 def _clamped_swiglu(graph: Graph, gate: Value, up: Value) -> Value:
     """(up + 1) gate sigmoid(alpha gate), gate cut off above the limit and up on both sides."""
     gate = graph.add("Min", gate, graph.floats(LIMIT))
     up = graph.add("Clip", up, graph.floats(-LIMIT), graph.floats(LIMIT))
-    sigmoid = graph.add("Sigmoid", graph.add("Mul", gate, graph.floats(ALPHA)))
+    sigmoid = graph.sigmoid(graph.add("Mul", gate, graph.floats(ALPHA)))
     return graph.add("Mul", graph.add("Mul", gate, sigmoid), graph.add("Add", up, graph.floats(1.0)))

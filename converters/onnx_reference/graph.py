@@ -89,6 +89,10 @@ class Graph:
         """[n, n_out] of ``x`` [n, n_in] and ``weight`` [n_out, n_in]; the weight is read as it lies."""
         return self.add("Gemm", x, weight, *([] if bias is None else [bias]), transB=1)
 
+    def sigmoid(self, x: Value) -> Value:
+        """1 / (1 + exp(-x)). onnxruntime's own operator gives 0 below -18, where gates and routers still differ."""
+        return self.add("Reciprocal", self.add("Add", self.add("Exp", self.add("Neg", x)), self.floats(1.0)))
+
     def rms_norm(self, x: Value, weight: Value, eps: float) -> Value:
         """``x`` over the root mean square of its last axis, times ``weight``."""
         mean = self.add("ReduceMean", self.add("Mul", x, x), self.integers(-1), keepdims=1)

@@ -31,7 +31,7 @@ def router_graph(settings: Settings, correction: bool) -> Graph:
     if own.gating is Gating.SOFTMAX:
         scores = graph.add("Softmax", scores, axis=-1)
     elif own.gating is Gating.SIGMOID:
-        scores = graph.add("Sigmoid", scores)
+        scores = graph.sigmoid(scores)
     ranks, margins = scores, []
     if correction:
         ranks = graph.add("Add", scores, graph.weight("exp_probs_b.bias", (own.n_expert,)))

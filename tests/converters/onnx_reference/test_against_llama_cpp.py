@@ -39,7 +39,8 @@ from .test_families import FAMILY
 pytestmark = pytest.mark.runtime
 
 MOST_KLD = 1e-10
-"""Mean in nats; about 1e-13 was measured for most, 1e-12 for gpt-oss. What is computed differently shows above 1e-6."""
+"""Mean in nats. Measured: 2e-14 to 2e-13 for the families, 1e-12 for gpt-oss, up to 8e-12 for the other models, whose
+logits spread more."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,6 @@ def check(path: Path, tokens: npt.NDArray[np.int32]) -> None:
     ours = run_reference(path, tokens).logits
     assert theirs.std() > 0.01
     found = compare(theirs, ours, np.roll(tokens, -1))
-    print(f"KLD mean {found.kld.mean():.1e} max {found.kld.max():.1e}")
     assert found.kld.mean() < MOST_KLD
     assert np.abs(ours - theirs).max() < 1e-4 * theirs.std()
 
