@@ -56,9 +56,10 @@ def changed(name: str, **keys: Any) -> Architecture:
     return replace(own, keys={**own.keys, **{key.replace("__", "."): value for key, value in keys.items()}})
 
 
+# both ends of the ramp are inside, between two pairs
 YARN = {
     **{"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0, "rope__scaling__attn_factor": 1.25},
-    "rope__scaling__original_context_length": 64,
+    "rope__scaling__original_context_length": 4096,
 }
 _QWEN3 = ARCHITECTURES["qwen3moe"]
 _DEEPSEEK = ARCHITECTURES["deepseek2"]
@@ -91,6 +92,7 @@ CASES: Mapping[str, Case] = {
         changed("gpt-oss", attention__sliding_window=8, attention__sliding_window_pattern=0, rope__freq_base_swa=3e3)
     ),
     "short windows by turns": Case(changed("gpt-oss", attention__sliding_window=8, rope__freq_base_swa=3e3)),
+    "yarn beside windows": Case(changed("gpt-oss", attention__sliding_window=8, **YARN)),
     "latent, one query matrix": Case(
         replace(
             changed("deepseek2", attention__q_lora_rank=0),
