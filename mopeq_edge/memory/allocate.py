@@ -16,8 +16,10 @@ CPU_ALIGNMENT = 32
 CUDA_ALIGNMENT = 128
 
 IN_PLACE = frozenset(
-    ("fill", "scale", "add", "add_id", "sub", "mul", "div", "sqr", "sqrt", "log", "unary", "rope", "rms_norm")
-    + ("clamp", "soft_max")
+    [
+        *("fill", "scale", "add", "add_id", "sub", "mul", "div", "sqr", "sqrt", "log", "unary", "rope"),
+        *("rms_norm", "clamp", "soft_max"),
+    ]
 )
 """Ops that may write over a source of their own layout."""
 

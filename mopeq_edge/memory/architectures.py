@@ -17,10 +17,10 @@ from mopeq_edge.memory.settings import Resolved, Settings
 class Traits:
     """How the graphs differ.
 
-    ``flat_norms``: q and k are normed before they are cut into heads. ``interleaved``: q is normed and rotated before
-    k is normed. ``normalise``: the chosen experts' weights sum to one (None: the key says). ``gating``: None if the key
-    says. ``late_outputs``: all rows go through the last layer. ``keeps_hidden``: the last hidden states stay, for
-    heads that predict several tokens; ``full_norm``: the final norm is over all rows, and so are the logits.
+    ``flat_norms``: q and k are normed before they are cut into heads. ``normalise``: the chosen experts' weights sum to
+    one (None: the key says). ``gating``: None if the key says. ``late_outputs``: all rows go through the last layer.
+    ``keeps_hidden``: the last hidden states stay, for heads that predict several tokens. ``scales``: Granite's
+    multipliers of residuals and logits.
     """
 
     flat_norms: bool = False
@@ -30,7 +30,6 @@ class Traits:
     late_outputs: bool = False
     keeps_hidden: bool = False
     scales: bool = False
-    """Granite's multipliers of residuals and logits."""
 
 
 ARCHITECTURES: Mapping[str, Traits] = {
@@ -105,16 +104,14 @@ class _Builder:
         if traits.scales and hparams.number("residual_scale"):
             y = g.same("scale", y)
         y = g.same("add", y, middle)
-        if 0 <= layer < hparams.n_deepstack:
-            y = self.add_deepstack(y, picks)
+        if layer < hparams.n_deepstack:
+            # pictures come in with the embeddings and are added behind the first layers
+            y = g.same("add", y, b.deepstack())
         return y
 
     def norm_name(self, prefix: str) -> str:
         names = (self.traits.ffn_norm, "ffn_norm", "post_attention_norm")
         return next(name for name in names if self.b.has(f"{prefix}.{name}.weight"))
-
-    def add_deepstack(self, y: Tensor, picks: bool) -> Tensor:
-        return y
 
     def attention(self, layer: int, x: Tensor) -> Tensor:
         b, hparams, prefix = self.b, self.hparams, f"blk.{layer}"
@@ -183,12 +180,9 @@ class _Builder:
             return y
         gate = None
         if b.has(f"{prefix}.ffn_gate_inp_shexp.weight"):
-            logit = g.mul_mat(self.gate_row(prefix), x)
+            logit = g.mul_mat(b.need(f"{prefix}.ffn_gate_inp_shexp.weight"), x)
             gate = g.same("div", g.same("unary", logit), logit)
         shared = b.feed_forward(x, prefix, "_shexp")
         if gate is not None:
             shared = g.same("mul", shared, gate)
         return g.same("add", y, shared)
-
-    def gate_row(self, prefix: str) -> Tensor:
-        return self.b.need(f"{prefix}.ffn_gate_inp_shexp.weight")

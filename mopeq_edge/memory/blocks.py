@@ -5,7 +5,7 @@ Each adds what the function of the same purpose in ``src/llama-graph.cpp`` adds,
 
 from __future__ import annotations
 
-from mopeq_edge.ggml.types import F16, F32, I32
+from mopeq_edge.ggml.types import F16, F32, I32, GgmlType
 from mopeq_edge.memory import graph as g
 from mopeq_edge.memory.graph import I64, Graph, Tensor
 from mopeq_edge.memory.kv_cache import KVCache
@@ -30,9 +30,7 @@ class Inputs:
         self.v_cells = {window: g.new_input(I64, n_tokens * (widest if transposed else 1)) for window in cells}
         streams = cache.n_stream
         kind = F16 if blocks.settings.flash_attn else F32
-        self.masks = {
-            window: g.new_input(kind, n, n_tokens // streams, 1, streams) for window, n in cells.items()
-        }
+        self.masks = {window: g.new_input(kind, n, n_tokens // streams, 1, streams) for window, n in cells.items()}
         self.k_rotations = {window: _square(cache.rotate_k) for window in cells}
         self.v_rotations = {window: _square(cache.rotate_v) for window in cells}
 
@@ -68,7 +66,7 @@ class Blocks:
             shape = list(first.shape)
             if len(parts) > 1:
                 shape = [*(*shape, 1)[:2], sum((*p.shape, 1)[2] for p in parts)]
-            self._external[name] = g.weight(first.type, *shape)
+            self._external[name] = g.weight(first.type, *shape, name=name)
         return self._external[name]
 
     def need(self, name: str) -> Tensor:
@@ -96,9 +94,14 @@ class Blocks:
         self.graph.add(g.new_input(F32, wide, n))
         if wide != hparams.n_embd:
             rows = g.view(rows, (hparams.n_embd, n), rows.nb[1:2])
+        self._embedded = rows
         if hparams.number("embedding_scale"):
             rows = g.same("scale", g.cont(rows) if not rows.contiguous else rows)
         return self.graph.add(rows)
+
+    def deepstack(self) -> Tensor:
+        """What pictures add behind a layer: a stretch of the embedding's input."""
+        return g.view(self._embedded, (self.hparams.n_embd, self.n_tokens), self._embedded.nb[1:2])
 
     def rope(self, x: Tensor) -> Tensor:
         return g.same("rope", x, self.inputs.positions)
@@ -142,7 +145,7 @@ class Blocks:
         mixed = self._mix(q, heads, values, self.inputs.masks[False], None, self.need(f"blk.{layer}.attn_v_b.weight"))
         return self.linear(f"blk.{layer}.attn_output", mixed)
 
-    def _store(self, kind: g.GgmlType, width: int, cells: int, rows: Tensor, ids: Tensor) -> Tensor:
+    def _store(self, kind: GgmlType, width: int, cells: int, rows: Tensor, ids: Tensor) -> Tensor:
         streams = self.cache.n_stream
         cache = g.weight(kind, width, cells, streams)
         flat = g.view(rows, (width, self.n_tokens), (rows.nb[2],))
@@ -213,9 +216,8 @@ class Blocks:
         prefix, hparams = f"blk.{layer}", self.hparams
         n_tokens, n_expert, n_used = x.ne[1], hparams.n_expert, hparams.n_expert_used
         logits = self.linear(f"{prefix}.ffn_gate_inp", x)
-        if gating == SOFTMAX_OF_CHOSEN:
-            probs = logits
-        else:
+        probs = logits
+        if gating != SOFTMAX_OF_CHOSEN:
             probs = g.same("soft_max" if gating == SOFTMAX else "unary", logits)
         ids = g.argsort_top_k(self._selection(probs, prefix), n_used)
         weights = g.get_rows(g.reshape(probs, 1, n_expert, n_tokens), ids)
@@ -230,9 +232,7 @@ class Blocks:
         self.graph.add(weights)
         found = g.same("mul", self._networks(g.reshape(x, x.ne[0], 1, n_tokens), prefix, ids), weights)
         self.graph.add(found)
-        parts = [
-            self.graph.add(g.view(found, (found.ne[0], n_tokens), (found.nb[2],))) for _ in range(n_used)
-        ]
+        parts = [self.graph.add(g.view(found, (found.ne[0], n_tokens), (found.nb[2],))) for _ in range(n_used)]
         total = parts[0]
         for part in parts[1:]:
             total = self.graph.add(g.same("add", total, part))

@@ -18,11 +18,11 @@ Dims = tuple[int, int, int, int]
 class Tensor:
     """One tensor of a graph; equal only to itself.
 
-    ``root`` is the tensor whose memory a view looks into. ``external`` tensors (weights, the KV cache) have memory of
-    their own. ``output`` keeps its memory to the end of the graph.
+    ``name`` is that of weights, else empty. ``root`` is the tensor whose memory a view looks into. ``external`` tensors
+    (weights, the KV cache) have memory of their own. ``output`` keeps its memory to the end of the graph.
     """
 
-    __slots__ = ("external", "nb", "ne", "op", "output", "root", "sources", "type")
+    __slots__ = ("external", "name", "nb", "ne", "op", "output", "root", "sources", "type")
 
     def __init__(
         self,
@@ -34,8 +34,9 @@ class Tensor:
         nb: Dims | None = None,
         root: Tensor | None = None,
         external: bool = False,
+        name: str = "",
     ) -> None:
-        self.type = kind
+        self.type, self.name = kind, name
         self.ne: Dims = (*ne, *(1,) * (4 - len(ne)))  # type: ignore[assignment]
         self.nb: Dims = nb if nb is not None else strides(kind, self.ne)
         self.op, self.sources, self.root, self.external = op, tuple(sources), root, external
@@ -102,9 +103,9 @@ def new_input(kind: GgmlType, *ne: int) -> Tensor:
     return Tensor(kind, ne)
 
 
-def weight(kind: GgmlType, *ne: int) -> Tensor:
+def weight(kind: GgmlType, *ne: int, name: str = "") -> Tensor:
     """Something that is in memory already."""
-    return Tensor(kind, ne, external=True)
+    return Tensor(kind, ne, external=True, name=name)
 
 
 def same(op: str, a: Tensor, *others: Tensor) -> Tensor:

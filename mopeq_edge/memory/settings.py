@@ -17,8 +17,7 @@ SERVER, COMPLETION = "llama-server", "llama-completion"
 PROGRAMS = (SERVER, COMPLETION)
 
 CACHE_TYPES: Mapping[str, GgmlType] = {
-    name.lower(): BY_NAME[name]
-    for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "IQ4_NL", "Q5_0", "Q5_1")
+    name.lower(): BY_NAME[name] for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "IQ4_NL", "Q5_0", "Q5_1")
 }
 
 AUTO_SLOTS = 4
@@ -80,11 +79,16 @@ def resolve(settings: Settings, hparams: Hyperparameters) -> Resolved:
             f"--cache-type-v {settings.cache_type_v.name.lower()}: a quantized V cache needs flash attention; "
             "leave out --no-flash-attn, or use f16"
         )
+    if hparams.is_mla and settings.cache_type_k.is_quantized and not settings.flash_attn:
+        raise MopeqError(
+            f"--cache-type {settings.cache_type_k.name.lower()}: a quantized cache of MLA, whose V is a part of K, "
+            "needs flash attention; leave out --no-flash-attn, or use f16"
+        )
     for option, kind, head in (
         ("--cache-type", settings.cache_type_k, hparams.head_k),
         ("--cache-type-v", settings.cache_type_v, hparams.head_v),
     ):
-        if not kind.fits(head):
+        if settings.flash_attn and not kind.fits(head):
             raise MopeqError(
                 f"{option} {kind.name.lower()}: heads of {head} values are not whole blocks of {kind.block_size}; "
                 "use f16"
