@@ -35,12 +35,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model takes at its peak: a full context and a whole batch in flight."""
+    """What a model takes at its peak: a full context and a whole batch in flight. Sizes in bytes.
+
+    ``loading`` is the host's memory while the weights are read: then the whole file is mapped, but there is no cache
+    yet. ``exact_graph``: the compute buffer is llama.cpp's to the byte, else an estimate.
+    """
 
     parts: tuple[Part, ...]
     resolved: Resolved
     exact_graph: bool
-    """Whether the compute buffer is llama.cpp's to the byte, else an estimate."""
+    loading: int
 
     def total(self, *places: str) -> int:
         """Bytes in ``places``, or in all."""
@@ -48,8 +52,13 @@ class Prediction:
 
     @property
     def host(self) -> int:
-        """Resident in the host's memory at the peak."""
+        """Resident in the host's memory while the model runs."""
         return self.total(ANONYMOUS, MAPPED)
+
+    @property
+    def peak(self) -> int:
+        """The most that is resident in the host's memory, loading included."""
+        return max(self.host, self.loading)
 
     @property
     def droppable(self) -> int:
@@ -74,7 +83,7 @@ class Prediction:
             "parts": [asdict(part) for part in self.parts],
             "settings": asdict(self.resolved),
             "exact_compute_buffer": self.exact_graph,
-            **{"host_bytes": self.host, "needed_bytes": self.needed, "gpu_bytes": self.gpu},
+            **{"host_bytes": self.host, "peak_bytes": self.peak, "needed_bytes": self.needed, "gpu_bytes": self.gpu},
             **{f"{place}_bytes": self.total(place) for place in PLACES},
         }
 
@@ -121,7 +130,10 @@ def predict(model: Model, settings: Settings, cpu: Cpu, vision: tuple[GGUFHeader
     if vision:
         nbytes = sum(tensor.nbytes for header in vision for tensor in header.tensors)
         parts.append(Part(VISION, GPU if on_gpu else ANONYMOUS, nbytes, estimated=True))
-    return Prediction(tuple(p for p in parts if p.nbytes), resolved, is_exact(hparams.architecture) and not on_gpu)
+    program = sum(p.nbytes for p in parts if p.name in (PROGRAM, LIBRARIES))
+    loading = program + weights.allocated + weights.repacked + (model.file_bytes if settings.mmap else 0)
+    exact = is_exact(hparams.architecture) and not on_gpu
+    return Prediction(tuple(p for p in parts if p.nbytes), resolved, exact, loading)
 
 
 def _cache_parts(cache: KVCache, settings: Settings) -> list[Part]:
