@@ -23,7 +23,7 @@ from mopeq_edge.units import format_bytes
 HEADROOM = 0.05
 """Share of the device's memory that stays free: predictions are right to 3 %."""
 
-TRIED_TYPES = ("Q2_K", "Q4_K", "Q8_0", "Q4_0")
+TRIED_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q8_0", "F16")
 """The work buffer depends on the types of the weights; the greediest of these and the model's own counts."""
 
 _WEIGHTS = (WEIGHTS_MAPPED, WEIGHTS_UNREAD, WEIGHTS_ALLOCATED, WEIGHTS_REPACKED)

@@ -92,6 +92,7 @@ WEIGHTS_MAPPED = "weights, mapped"
 WEIGHTS_UNREAD = "weights, mapped, copied elsewhere"
 WEIGHTS_ALLOCATED = "weights, allocated"
 WEIGHTS_REPACKED = "weights, repacked for the CPU"
+STAGING = "left of reading them"
 CACHE, COMPUTE, OUTPUT = "KV cache", "compute buffer", "output buffer"
 WORK, PROGRAM, LIBRARIES, VISION = "CPU work buffer", "llama.cpp itself", "program and libraries", "vision model"
 
@@ -117,6 +118,7 @@ def predict(model: Model, settings: Settings, cpu: Cpu, vision: tuple[GGUFHeader
         Part(WEIGHTS_UNREAD, MAPPED, weights.unread, droppable=True),
         Part(WEIGHTS_ALLOCATED, ANONYMOUS, weights.allocated),
         Part(WEIGHTS_REPACKED, ANONYMOUS, weights.repacked),
+        Part(STAGING, ANONYMOUS, weights.staging, estimated=True),
         Part("weights, on the GPU", GPU, weights.gpu),
         *_cache_parts(cache, settings),
         *_compute_parts(graphs, settings, is_exact(hparams.architecture)),

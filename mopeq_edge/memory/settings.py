@@ -79,10 +79,10 @@ def resolve(settings: Settings, hparams: Hyperparameters) -> Resolved:
             f"--cache-type-v {settings.cache_type_v.name.lower()}: a quantized V cache needs flash attention; "
             "leave out --no-flash-attn, or use f16"
         )
-    if hparams.is_mla and settings.cache_type_k.is_quantized and not settings.flash_attn:
+    if hparams.is_mla and settings.cache_type_k is not settings.cache_type_v:
         raise MopeqError(
-            f"--cache-type {settings.cache_type_k.name.lower()}: a quantized cache of MLA, whose V is a part of K, "
-            "needs flash attention; leave out --no-flash-attn, or use f16"
+            f"--cache-type-v {settings.cache_type_v.name.lower()}: V is a part of K in this model (MLA), expected the "
+            f"type of K, {settings.cache_type_k.name.lower()}; leave out --cache-type-v"
         )
     for option, kind, head in (
         ("--cache-type", settings.cache_type_k, hparams.head_k),

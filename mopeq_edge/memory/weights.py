@@ -12,12 +12,16 @@ from mopeq_edge.memory.settings import Settings
 BUFFER_ALIGNMENT = 32
 PAGE = 4096
 
+LARGEST_KEPT = 32 * 2**20
+"""glibc gives back at once what is larger; a smaller piece that was freed stays with the process."""
+
 
 @dataclass(frozen=True)
 class Weights:
     """Bytes. ``mapped`` pages of the file are resident; ``unread`` of them belong to weights that were copied.
 
     ``allocated``: read into memory of the process. ``repacked``: copied in another order. ``gpu``: on the GPU.
+    ``staging``: what is left of reading weights that are copied, without mmap.
     """
 
     mapped: int
@@ -25,6 +29,7 @@ class Weights:
     allocated: int
     repacked: int
     gpu: int
+    staging: int = 0
 
 
 def place_weights(model: Model, settings: Settings, cpu: Cpu) -> Weights:
@@ -49,9 +54,10 @@ def place_weights(model: Model, settings: Settings, cpu: Cpu) -> Weights:
             repacked += pad(head.nbytes, BUFFER_ALIGNMENT)
     plain_bytes = sum(pad(t.nbytes, BUFFER_ALIGNMENT) for t in plain)
     if not settings.mmap:
-        return Weights(0, 0, plain_bytes, repacked, gpu)
+        largest = max((t.nbytes for t in host if t.name in copied), default=0)
+        return Weights(0, 0, plain_bytes, repacked, gpu, largest if largest <= LARGEST_KEPT else 0)
     mapped = _span(model, {t.name for t in plain})
-    return Weights(mapped, max(0, mapped - plain_bytes), 0, repacked, gpu)
+    return Weights(mapped, max(0, mapped - plain_bytes) if copied else 0, 0, repacked, gpu)
 
 
 def _is_on_gpu(tensor: StoredTensor, model: Model, settings: Settings) -> bool:
