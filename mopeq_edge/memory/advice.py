@@ -90,6 +90,12 @@ def _changes(
     small = CACHE_TYPES["q8_0"]
     together = replace(settings, parallel=1, unified=None, ubatch=128, cache_type_k=small, cache_type_v=small)
     yield "one slot, batches of 128 tokens and a cache in q8_0", together
+    context = _largest_context(model, together, fits)
+    if context is not None and not fits(together):
+        yield (
+            f"one slot, batches of 128 tokens, a cache in q8_0 and a context of {context}",
+            replace(together, ctx=context),
+        )
 
 
 def _largest_context(model: Model, settings: Settings, fits: Callable[[Settings], bool]) -> int | None:
