@@ -59,8 +59,10 @@ def build_graph(
     model: Model, settings: Settings, resolved: Resolved, cache: KVCache, n_tokens: int, n_outputs: int
 ) -> Graph:
     """The graph for one batch with a full cache."""
-    blocks = Blocks(model, settings, resolved, cache, n_tokens, n_outputs)
-    return _Builder(blocks, ARCHITECTURES.get(model.hparams.architecture, SIMILAR)).build()
+    architecture = model.hparams.architecture
+    near = not is_exact(architecture)
+    blocks = Blocks(model, settings, resolved, cache, n_tokens, n_outputs, near=near)
+    return _Builder(blocks, ARCHITECTURES.get(architecture, SIMILAR)).build()
 
 
 class _Builder:
@@ -93,6 +95,9 @@ class _Builder:
         normed = b.norm(x, f"{prefix}.attn_norm")
         if hparams.is_mla or b.has(f"{prefix}.attn_kv_a_mqa.weight"):
             y = self.latent_attention(layer, normed)
+        elif b.near and not b.has(f"{prefix}.attn_k.weight"):
+            # convolutions, recurrences: no scores, at most as wide as the hidden states
+            y = g.same("unary", normed)
         else:
             y = self.attention(layer, normed)
         if picks:
@@ -111,7 +116,7 @@ class _Builder:
 
     def norm_name(self, prefix: str) -> str:
         names = (self.traits.ffn_norm, "ffn_norm", "post_attention_norm")
-        return next(name for name in names if self.b.has(f"{prefix}.{name}.weight"))
+        return next((name for name in names if self.b.has(f"{prefix}.{name}.weight")), names[0])
 
     def attention(self, layer: int, x: Tensor) -> Tensor:
         b, hparams, prefix = self.b, self.hparams, f"blk.{layer}"

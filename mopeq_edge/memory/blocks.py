@@ -5,6 +5,7 @@ Each adds what the function of the same purpose in ``src/llama-graph.cpp`` adds,
 
 from __future__ import annotations
 
+from mopeq_edge.errors import SourceError
 from mopeq_edge.ggml.types import F16, F32, I32, GgmlType
 from mopeq_edge.memory import graph as g
 from mopeq_edge.memory.graph import I64, Graph, Tensor
@@ -40,14 +41,25 @@ def _square(n: int) -> Tensor | None:
 
 
 class Blocks:
-    """One graph under construction, for a batch of ``n_tokens`` of which ``n_outputs`` have logits."""
+    """One graph under construction, for a batch of ``n_tokens`` of which ``n_outputs`` have logits.
+
+    ``near``: a stand-in for the graph of an architecture that is not known, which may lack some of its tensors.
+    """
 
     def __init__(
-        self, model: Model, settings: Settings, resolved: Resolved, cache: KVCache, n_tokens: int, n_outputs: int
+        self,
+        model: Model,
+        settings: Settings,
+        resolved: Resolved,
+        cache: KVCache,
+        n_tokens: int,
+        n_outputs: int,
+        *,
+        near: bool,
     ) -> None:
         self.model, self.settings, self.resolved, self.cache = model, settings, resolved, cache
         self.hparams: Hyperparameters = model.hparams
-        self.n_tokens, self.n_outputs = n_tokens, n_outputs
+        self.n_tokens, self.n_outputs, self.near = n_tokens, n_outputs, near
         self.graph = Graph()
         self._tensors = model.stacks()
         self.inputs = Inputs(self)
@@ -71,16 +83,24 @@ class Blocks:
 
     def need(self, name: str) -> Tensor:
         found = self.weight(name)
-        assert found is not None, name
+        if found is None:
+            raise SourceError(
+                f"{self.model.name}: tensor '{name}' is missing, expected for architecture "
+                f"'{self.hparams.architecture}'; convert the model again"
+            )
         return found
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        """``x`` through the matrix NAME.weight, with its bias if there is one."""
+        """``x`` through the matrix NAME.weight, with its bias if there is one; as it is where a near graph lacks it."""
+        if self.near and not self.has(f"{name}.weight"):
+            return x
         y = g.mul_mat(self.need(f"{name}.weight"), x)
         bias = self.weight(f"{name}.bias")
         return y if bias is None else g.same("add", y, bias)
 
     def norm(self, x: Tensor, name: str) -> Tensor:
+        if self.near and not self.has(f"{name}.weight"):
+            return g.same("rms_norm", x)
         return g.same("mul", g.same("rms_norm", x), self.need(f"{name}.weight"))
 
     def embed(self) -> Tensor:
