@@ -15,6 +15,9 @@ PAGE = 4096
 LARGEST_KEPT = 32 * 2**20
 """glibc gives back at once what is larger; a smaller piece that was freed stays with the process."""
 
+USED_AGAIN = 7_000_000
+"""What llama.cpp allocates of it later, in small pieces. Measured."""
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -55,9 +58,13 @@ def place_weights(model: Model, settings: Settings, cpu: Cpu) -> Weights:
     plain_bytes = sum(pad(t.nbytes, BUFFER_ALIGNMENT) for t in plain)
     if not settings.mmap:
         largest = max((t.nbytes for t in host if t.name in copied), default=0)
-        return Weights(0, 0, plain_bytes, repacked, gpu, largest if largest <= LARGEST_KEPT else 0)
+        return Weights(0, 0, plain_bytes, repacked, gpu, _left_of(largest))
     mapped = _span(model, {t.name for t in plain})
     return Weights(mapped, max(0, mapped - plain_bytes) if copied else 0, 0, repacked, gpu)
+
+
+def _left_of(staged: int) -> int:
+    return max(0, staged - USED_AGAIN) if staged <= LARGEST_KEPT else 0
 
 
 def _is_on_gpu(tensor: StoredTensor, model: Model, settings: Settings) -> bool:

@@ -12,14 +12,14 @@ import pytest
 
 from mopeq_edge.memory.command import arguments
 from mopeq_edge.memory.kv_cache import kv_cache
-from mopeq_edge.memory.predict import COMPUTE, OUTPUT, WEIGHTS_MAPPED, WEIGHTS_REPACKED, WEIGHTS_UNREAD, predict
+from mopeq_edge.memory.predict import CACHE, COMPUTE, OUTPUT, WEIGHTS_MAPPED, WEIGHTS_REPACKED, WEIGHTS_UNREAD, predict
 from mopeq_edge.memory.repack import this_cpu
 from mopeq_edge.memory.settings import CACHE_TYPES, COMPLETION, Settings, resolve
 from mopeq_edge.runtime.locate import tool
 from mopeq_edge.source.huggingface import HuggingFaceSource
-from tests.builders import write_quantized_gguf
 from tools.llama_server import buffers
 
+from ..builders import write_gguf, write_quantized_gguf
 from ..expert_groups.architectures import ARCHITECTURES
 from .models import model_of, write_zeros
 
@@ -85,6 +85,30 @@ def test_nodes_of_the_graph(path: Path) -> None:
     graph = build_graph(model, settings, resolved, cache, resolved.n_tokens, resolved.n_outputs)
     nodes = re.findall(r"graph.*: nodes = (\d+)", log_of(path, settings))
     assert nodes == [str(len(graph.nodes))]
+
+
+def family(tmp_path_factory: pytest.TempPathFactory, name: str) -> Path:
+    from converters import CONVERTERS
+    from mopeq_edge.source.huggingface import open_huggingface
+
+    from ..converters.families import FAMILIES
+
+    folder = tmp_path_factory.mktemp(name)
+    build, _ = FAMILIES[name]
+    write_gguf(open_huggingface(build(folder / "model", "bfloat16"), CONVERTERS, "gpt-2"), folder / "m.gguf")
+    return folder / "m.gguf"
+
+
+@pytest.mark.parametrize("name", ["qwen3-vl-moe", "deepseek-ocr", "granite-moe-tied"])
+def test_families(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
+    """Pictures that come in behind the first layers, a dense first layer, an embedding that is the output too."""
+    path = family(tmp_path_factory, name)
+    for settings in (Settings(ctx=4096, program=COMPLETION), Settings(ctx=512, flash_attn=False, program=COMPLETION)):
+        said, found = buffers(log_of(path, settings)), predict(model_of(path), settings, this_cpu())
+        assert found.exact_graph
+        assert near(said["compute"][0][1], found.nbytes(COMPUTE))
+        assert near(said["kv"][0][1], found.nbytes(CACHE))
+        assert near(said["output"][0][1], found.nbytes(OUTPUT))
 
 
 @pytest.mark.parametrize("mmap", [True, False])

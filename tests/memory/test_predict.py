@@ -90,9 +90,18 @@ def test_weights_of_a_file_by_hand() -> None:
     assert found.unread == 143360 - (51200 + 1024 + 53760)
     read = place_weights(some, Settings(mmap=False), AVX2)
     assert (read.mapped, read.repacked, read.allocated) == (0, 51840, 51200 + 1024 + 53760)
-    assert (read.staging, found.staging) == (36864, 0)
+    assert (read.staging, found.staging) == (0, 0)
     plain = place_weights(some, Settings(repack=False), AVX2)
     assert (plain.mapped, plain.unread, plain.repacked) == (159744, 0, 0)
+
+
+@pytest.mark.parametrize(("n_expert", "left"), [(16, 9437184 - 7_000_000), (8, 0), (64, 0)])
+def test_a_piece_that_was_freed_stays_unless_it_is_large(n_expert: int, left: int) -> None:
+    """Stacks of 9.4, 4.7 and 37.7 MB."""
+    stack = tensor("blk.0.ffn_up_exps.weight", "Q4_K", 1024, 1024, n_expert)
+    some = replace(_zeros(), tensors=(stack,))
+    assert place_weights(some, Settings(mmap=False), AVX2).staging == left
+    assert place_weights(some, Settings(), AVX2).staging == 0
 
 
 def _zeros() -> Model:
