@@ -24,11 +24,11 @@ def arguments(settings: Settings) -> list[str]:
     for option, number, usual_number in (
         ("--batch-size", settings.batch, default.batch),
         ("--ubatch-size", settings.ubatch, default.ubatch),
-        ("--gpu-layers", settings.gpu_layers, default.gpu_layers),
     ):
         if number != usual_number:
             found += [option, str(number)]
-    found += ["--threads", str(settings.threads)]
+    # said in any case: where there is a GPU, llama.cpp puts on it what it has room for
+    found += ["--gpu-layers", str(settings.gpu_layers), "--threads", str(settings.threads)]
     if not settings.flash_attn:
         found += ["--flash-attn", "off"]
     if not settings.mmap:

@@ -9,6 +9,7 @@ from mopeq_edge.ggml.types import BY_NAME, GgmlType
 from mopeq_edge.memory.model import Model, StoredTensor
 from mopeq_edge.memory.predict import (
     WEIGHTS_ALLOCATED,
+    WEIGHTS_GPU,
     WEIGHTS_MAPPED,
     WEIGHTS_REPACKED,
     WEIGHTS_UNREAD,
@@ -26,7 +27,7 @@ HEADROOM = 0.05
 TRIED_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q8_0", "F16")
 """The work buffer depends on the types of the weights; the greediest of these and the model's own counts."""
 
-_WEIGHTS = (WEIGHTS_MAPPED, WEIGHTS_UNREAD, WEIGHTS_ALLOCATED, WEIGHTS_REPACKED)
+_WEIGHTS = (WEIGHTS_MAPPED, WEIGHTS_UNREAD, WEIGHTS_ALLOCATED, WEIGHTS_REPACKED, WEIGHTS_GPU)
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,12 @@ def file_budget(model: Model, settings: Settings, cpu: Cpu, memory: int, headroo
     """The largest file of ``model``, in whatever types, that runs with ``settings`` in ``memory`` bytes.
 
     ``model`` may be stored in any types. Every weight counts once: copies that llama.cpp makes for the CPU leave pages
-    of the file behind that nothing reads again. Raises :class:`PlanError` if there is no room for any file.
+    of the file behind that nothing reads again. With layers on a GPU, ``memory`` is what both share. Raises
+    :class:`PlanError` if there is no room for any file.
     """
     kept = int(memory * headroom)
     variants = [model, *(_in_type(model, BY_NAME[name]) for name in TRIED_TYPES)]
-    rest = max(_rest(predict(variant, replace(settings, gpu_layers=0), cpu), variant) for variant in variants)
+    rest = max(_rest(predict(variant, settings, cpu), variant) for variant in variants)
     budget = memory - kept - rest
     if budget <= 0:
         raise PlanError(
@@ -68,7 +70,7 @@ def file_budget(model: Model, settings: Settings, cpu: Cpu, memory: int, headroo
 def _rest(found: Prediction, model: Model) -> int:
     """What is needed beside the file: also an embedding that is there a second time as the output."""
     weights = sum(found.nbytes(name) for name in _WEIGHTS) - found.droppable
-    return found.needed - weights + max(0, weights - model.file_bytes)
+    return found.needed + found.gpu - weights + max(0, weights - model.file_bytes)
 
 
 def _in_type(model: Model, kind: GgmlType) -> Model:

@@ -92,6 +92,7 @@ WEIGHTS_MAPPED = "weights, mapped"
 WEIGHTS_UNREAD = "weights, mapped, copied elsewhere"
 WEIGHTS_ALLOCATED = "weights, allocated"
 WEIGHTS_REPACKED = "weights, repacked for the CPU"
+WEIGHTS_GPU = "weights, on the GPU"
 STAGING = "left of reading them"
 CACHE, COMPUTE, OUTPUT = "KV cache", "compute buffer", "output buffer"
 WORK, PROGRAM, LIBRARIES, VISION = "CPU work buffer", "llama.cpp itself", "program and libraries", "vision model"
@@ -119,9 +120,9 @@ def predict(model: Model, settings: Settings, cpu: Cpu, vision: tuple[GGUFHeader
         Part(WEIGHTS_ALLOCATED, ANONYMOUS, weights.allocated),
         Part(WEIGHTS_REPACKED, ANONYMOUS, weights.repacked),
         Part(STAGING, ANONYMOUS, weights.staging, estimated=True),
-        Part("weights, on the GPU", GPU, weights.gpu),
+        Part(WEIGHTS_GPU, GPU, weights.gpu),
         *_cache_parts(cache, settings),
-        *_compute_parts(graphs, settings, is_exact(hparams.architecture)),
+        *_compute_parts(graphs, settings, hparams.n_layer, is_exact(hparams.architecture)),
         Part(OUTPUT, ANONYMOUS, 4 * hparams.n_vocab * resolved.n_seq),
         Part(WORK, ANONYMOUS, work_bytes(model, graphs, settings, cpu)),
         Part(PROGRAM, ANONYMOUS, program_bytes(hparams, resolved, graphs[0]), estimated=True),
@@ -144,12 +145,17 @@ def _cache_parts(cache: KVCache, settings: Settings) -> list[Part]:
     return [Part(CACHE, ANONYMOUS, cache.nbytes - gpu), Part(CACHE, GPU, gpu)]
 
 
-def _compute_parts(graphs: list[Graph], settings: Settings, exact: bool) -> list[Part]:
-    """On a GPU as much as on the CPU, but for alignment; a part of the layers there leaves both with a buffer."""
+def _compute_parts(graphs: list[Graph], settings: Settings, n_layer: int, exact: bool) -> list[Part]:
+    """On a GPU as much as on the CPU, but for alignment; with some of the layers there both have a whole buffer.
+
+    With all of them the CPU keeps the inputs and looks up the embedding.
+    """
     host = max(buffer_size(graph, CPU_ALIGNMENT) for graph in graphs)
     if settings.gpu_layers <= 0:
         return [Part(COMPUTE, ANONYMOUS, host, estimated=not exact)]
     gpu = max(buffer_size(graph, CUDA_ALIGNMENT) for graph in graphs)
+    if settings.gpu_layers > n_layer:
+        host = max(sum(t.nbytes for t in (*graph.leafs, graph.nodes[0]) if not t.external) for graph in graphs)
     return [Part(COMPUTE, ANONYMOUS, host, estimated=True), Part(COMPUTE, GPU, gpu, estimated=True)]
 
 

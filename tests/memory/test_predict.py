@@ -206,6 +206,23 @@ def test_the_budget_states_its_parts(model: Model) -> None:
     assert file_budget(model, Settings(ctx=512), AVX2, 10**9, headroom=0).budget == found.budget + 50_000_000
 
 
+def test_a_budget_for_memory_that_a_gpu_shares(model: Model) -> None:
+    """CUDA itself and the inputs on the CPU come on top; the weights count once."""
+    settings = Settings(ctx=512, gpu_layers=3)
+    found, shared = predict(model, settings, AVX2), file_budget(model, settings, AVX2, 10**9)
+    plain = file_budget(model, Settings(ctx=512), AVX2, 10**9)
+    assert 350_000_000 < shared.rest - plain.rest < 370_000_000
+    weights = sum(t.nbytes for t in model.tensors)
+    assert found.needed + found.gpu - weights <= shared.rest <= found.needed + found.gpu - weights + 2_000_000
+
+
+def test_everything_on_a_gpu_leaves_the_inputs(model: Model) -> None:
+    """Embeddings come in two ways (F32, 256 values each of 512 tokens), beside ids, cells and a mask in F16."""
+    found = predict(model, Settings(ctx=1024, parallel=1, gpu_layers=3), AVX2)
+    host = next(p.nbytes for p in found.parts if p.name == "compute buffer" and p.place == ANONYMOUS)
+    assert host == 2 * 512 * 256 * 4 + 512 * 1024 * 2 + 512 * (4 + 4 + 8 + 8) + 4
+
+
 def test_no_room_at_all(model: Model) -> None:
     with pytest.raises(PlanError, match="leave no room"):
         file_budget(model, Settings(ctx=65536), AVX2, 50_000_000)
@@ -242,7 +259,7 @@ def test_the_command_line_says_the_same() -> None:
         "llama-server -m 'a b.gguf' --ctx-size 4096 --parallel 2 --kv-unified --cache-type-k q8_0 --cache-type-v q8_0 "
         "--ubatch-size 128 --gpu-layers 5 --threads 3 --load-mode none --no-repack --cache-ram 0"
     )
-    assert arguments(Settings()) == ["--threads", "1"]
+    assert arguments(Settings()) == ["--gpu-layers", "0", "--threads", "1"]
 
 
 @pytest.mark.runtime
