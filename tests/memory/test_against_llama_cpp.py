@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,24 @@ import pytest
 
 from mopeq_edge.memory.command import arguments
 from mopeq_edge.memory.kv_cache import kv_cache
-from mopeq_edge.memory.predict import CACHE, COMPUTE, OUTPUT, WEIGHTS_MAPPED, WEIGHTS_REPACKED, WEIGHTS_UNREAD, predict
+from mopeq_edge.memory.predict import (
+    ANONYMOUS,
+    CACHE,
+    COMPUTE,
+    MAPPED,
+    OUTPUT,
+    WEIGHTS_ALLOCATED,
+    WEIGHTS_MAPPED,
+    WEIGHTS_REPACKED,
+    WEIGHTS_UNREAD,
+    predict,
+)
 from mopeq_edge.memory.repack import this_cpu
 from mopeq_edge.memory.settings import CACHE_TYPES, COMPLETION, Settings, resolve
 from mopeq_edge.runtime.locate import tool
 from mopeq_edge.source.huggingface import HuggingFaceSource
-from tools.llama_server import buffers
+from tools.llama_server import buffers, serving
+from tools.process_memory import Sampler, peaks
 
 from ..builders import write_gguf, write_quantized_gguf
 from ..expert_groups.architectures import ARCHITECTURES
@@ -133,4 +146,22 @@ def test_weights(tiny_source: HuggingFaceSource, tmp_path: Path, mmap: bool, rep
         # llama.cpp counts to the last byte, the kernel in pages
         assert abs(said["CPU_Mapped"] - (found.nbytes(WEIGHTS_MAPPED) + found.nbytes(WEIGHTS_UNREAD)) / MIB) < 0.0091
     else:
-        assert near(said["CPU"], found.nbytes("weights, allocated"))
+        assert near(said["CPU"], found.nbytes(WEIGHTS_ALLOCATED))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("mmap", [True, False])
+def test_resident_memory(bf16_gguf: Path, tmp_path: Path, mmap: bool) -> None:
+    """The whole process, of which the model is a small part here: its own share must be right to a few MB."""
+    settings = Settings(ctx=1024, parallel=2, mmap=mmap)
+    found = predict(model_of(bf16_gguf), settings, this_cpu())
+    samplers: list[Sampler] = []
+    options = ["-m", str(bf16_gguf), *arguments(settings), "--fit", "off", "--cache-ram", "0"]
+    with serving(
+        tool("llama-server"), options, tmp_path / "log", started=lambda pid: samplers.append(Sampler(pid))
+    ) as server:
+        server.complete_all([list(range(100 + n, 580 + n)) for n in range(2)])
+        got = peaks(samplers[0].stop())
+    assert abs(got["anon"] - found.total(ANONYMOUS)) < 5_000_000
+    assert abs(got["file"] - found.total(MAPPED)) < 5_000_000
+    assert abs(got["rss"] - found.peak) < 5_000_000
