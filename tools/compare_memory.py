@@ -20,12 +20,12 @@ from mopeq_edge.cli.console import print_json
 from mopeq_edge.memory.command import arguments
 from mopeq_edge.memory.model import Model, model_of_gguf
 from mopeq_edge.memory.predict import ANONYMOUS, CACHE, COMPUTE, MAPPED, OUTPUT, Prediction, predict
+from mopeq_edge.memory.process import Sampler, peaks
 from mopeq_edge.memory.repack import this_cpu
 from mopeq_edge.memory.settings import CACHE_TYPES, Settings
 from mopeq_edge.runtime.locate import tool
+from mopeq_edge.runtime.server import buffers, serving
 from mopeq_edge.split import read_parts
-from tools.llama_server import buffers, serving
-from tools.process_memory import Sampler, peaks
 
 MIB = 2**20
 RELATIVE, ABSOLUTE = 0.03, 20_000_000

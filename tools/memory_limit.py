@@ -22,8 +22,8 @@ from mopeq_edge.memory.repack import this_cpu
 from mopeq_edge.memory.settings import CACHE_TYPES, Settings
 from mopeq_edge.memory.verdict import judge
 from mopeq_edge.runtime.locate import tool
+from mopeq_edge.runtime.server import ServerError, serving
 from mopeq_edge.split import read_parts
-from tools.llama_server import ServerError, serving
 
 STACK = 512 * 1024
 

@@ -20,9 +20,9 @@ from typing import Any
 import click
 
 from mopeq_edge.gguf_file import read_header
+from mopeq_edge.memory.process import Sample, Sampler, peaks
 from mopeq_edge.runtime.locate import tool
-from tools.llama_server import buffers, serving
-from tools.process_memory import Sample, Sampler, peaks
+from mopeq_edge.runtime.server import buffers, serving
 
 KINDS = {"anon": "anonymous", "file": "pages of files", "shmem": "shared", "swap": "swapped out"}
 

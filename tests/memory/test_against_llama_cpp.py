@@ -25,12 +25,12 @@ from mopeq_edge.memory.predict import (
     WEIGHTS_UNREAD,
     predict,
 )
+from mopeq_edge.memory.process import Sampler, peaks
 from mopeq_edge.memory.repack import this_cpu
 from mopeq_edge.memory.settings import CACHE_TYPES, COMPLETION, Settings, resolve
 from mopeq_edge.runtime.locate import tool
+from mopeq_edge.runtime.server import buffers, serving
 from mopeq_edge.source.huggingface import HuggingFaceSource
-from tools.llama_server import buffers, serving
-from tools.process_memory import Sampler, peaks
 
 from ..builders import write_gguf, write_quantized_gguf
 from ..expert_groups.architectures import ARCHITECTURES

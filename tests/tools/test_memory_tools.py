@@ -12,10 +12,10 @@ import pytest
 from mopeq_edge.expert_groups.layout import ExpertGroup
 from mopeq_edge.ggml.types import BY_NAME
 from mopeq_edge.gguf_file import read_header
+from mopeq_edge.memory.process import Sample, Sampler, gpu_bytes, peaks, read_faults, read_pss, read_status
+from mopeq_edge.runtime.server import buffers
 from mopeq_edge.source.huggingface import HuggingFaceSource
 from tools.expert_locality import cached_bytes, curve, expert_bytes
-from tools.llama_server import buffers
-from tools.process_memory import Sample, Sampler, gpu_bytes, peaks, read_faults, read_pss, read_status
 
 from ..builders import write_quantized_gguf
 

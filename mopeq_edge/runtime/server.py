@@ -1,4 +1,4 @@
-"""A llama-server for measurements: started, asked with prompts of given lengths, stopped."""
+"""A llama-server of its own: started on a free port, asked, stopped."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mopeq_edge.errors import MopeqError
+
 LOG_LINES = {
     "model": r"load_tensors:\s+(\S+) model buffer size =\s+([\d.]+) MiB",
     "kv": r"(\S+) KV buffer size =\s+([\d.]+) MiB",
@@ -32,6 +34,10 @@ def buffers(log: str) -> dict[str, list[tuple[str, float]]]:
     }
 
 
+class ServerError(MopeqError):
+    """llama-server ended before it was ready, or did not answer a request; the message has its own words."""
+
+
 @dataclass(frozen=True)
 class Server:
     """A running server."""
@@ -40,24 +46,37 @@ class Server:
     url: str
     log: Path
 
-    def complete(self, prompt: Sequence[int], n_predict: int = 4, timeout: float = 600) -> dict[str, Any]:
-        """The answer to a prompt of token ids."""
-        body = {"prompt": list(prompt), "n_predict": n_predict, "cache_prompt": False, "temperature": 0}
+    def post(self, route: str, body: dict[str, Any], timeout: float = 600) -> dict[str, Any]:
+        """The JSON answer of ``route``, e.g. "/tokenize". Raises :class:`ServerError`."""
         request = urllib.request.Request(
-            f"{self.url}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            f"{self.url}{route}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=timeout) as reply:
-            answer: dict[str, Any] = json.loads(reply.read())
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as reply:
+                answer: dict[str, Any] = json.loads(reply.read())
+        except urllib.error.HTTPError as error:
+            said = error.read().decode(errors="replace").strip()[:300]
+            raise ServerError(f"llama-server answers {route} with status {error.code}: {said}") from error
+        except (OSError, ValueError) as error:
+            raise ServerError(
+                f"llama-server does not answer {route} (exit {self.process.poll()}): {error}; {_tail(self.log)}"
+            ) from error
         return answer
 
-    def complete_all(self, prompts: Sequence[Sequence[int]], n_predict: int = 4) -> list[dict[str, Any]]:
+    def complete(
+        self, prompt: Sequence[int] | str, n_predict: int = 4, timeout: float = 600, **options: Any
+    ) -> dict[str, Any]:
+        """The likeliest continuation of token ids or a text; ``options`` are those of llama-server's /completion."""
+        given = list(prompt) if not isinstance(prompt, str) else prompt
+        body = {"prompt": given, "n_predict": n_predict, "cache_prompt": False, "temperature": 0, **options}
+        return self.post("/completion", body, timeout)
+
+    def complete_all(
+        self, prompts: Sequence[Sequence[int]], n_predict: int = 4, **options: Any
+    ) -> list[dict[str, Any]]:
         """All at once."""
         with ThreadPoolExecutor(len(prompts)) as pool:
-            return list(pool.map(lambda prompt: self.complete(prompt, n_predict), prompts))
-
-
-class ServerError(Exception):
-    """The server ended before it was ready; the message is the end of its log."""
+            return list(pool.map(lambda prompt: self.complete(prompt, n_predict, **options), prompts))
 
 
 @contextmanager
@@ -79,7 +98,10 @@ def serving(
         port = probe.getsockname()[1]
     command = [str(program), *arguments, "--host", "127.0.0.1", "--port", str(port), "-lv", "4"]
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, preexec_fn=preexec)
+        try:
+            process = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, preexec_fn=preexec)
+        except OSError as error:
+            raise ServerError(f"{program} could not start: {error.strerror}; build llama.cpp again") from error
     try:
         if started is not None:
             started(process.pid)
@@ -100,7 +122,10 @@ def _await(server: Server, seconds: float) -> None:
             with urllib.request.urlopen(f"{server.url}/health", timeout=5) as reply:
                 if reply.status == 200:
                     return
-        except (urllib.error.URLError, OSError):
+        except OSError:
             time.sleep(0.05)
-    tail = server.log.read_text(errors="replace").splitlines()[-5:]
-    raise ServerError(f"llama-server is not ready (exit {server.process.poll()}): {' | '.join(tail)}")
+    raise ServerError(f"llama-server is not ready (exit {server.process.poll()}): {_tail(server.log)}")
+
+
+def _tail(log: Path) -> str:
+    return " | ".join(log.read_text(errors="replace").splitlines()[-5:])
