@@ -100,6 +100,15 @@ def test_it_says_no_and_what_to_do(gguf: Path) -> None:
     assert "llama-server -m" in text
 
 
+def test_a_gpu_of_its_own_or_a_shared_memory(gguf: Path) -> None:
+    options = (gguf, "--ctx", 512, "--ngl", 99, "--memory", "200MB")
+    assert found_of(*options, "--no-unified")["verdict"]["word"] == "unknown"
+    shared = found_of(*options, "--unified")
+    # CUDA itself is larger than that
+    assert shared["verdict"]["word"] == "does not fit"
+    assert found_of(*options[:-1], "1GB", "--unified")["verdict"]["ok"]
+
+
 def test_the_table_names_the_units(gguf: Path) -> None:
     text = invoke(gguf, "--ctx", 512).stdout
     assert "4 x 512 tokens (shared)" in text
