@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,11 @@ def write_random_olmoe(path: Path, shape: Shape, types: Types | None = None) -> 
     on the values. A tensor's values depend on its name alone: files of different types route alike.
     """
     kvs = shape.kvs
-    tensors = shape.tensors(len(kvs["tokenizer.ggml.tokens"].value))
+    return write_random(path, kvs, shape.tensors(len(kvs["tokenizer.ggml.tokens"].value)), types)
+
+
+def write_random(path: Path, kvs: Mapping[str, KV], tensors: Sequence[SourceTensor], types: Types | None = None) -> int:
+    """The same of any model: ``tensors`` as they are stored, or with those in ``types`` so."""
     every = {t.name: (types or {}).get(t.name, t.type) for t in tensors}
     plan = file_layout(kvs, tensors, every)
     with atomic_write(path) as file:
@@ -86,6 +91,29 @@ def write_random_olmoe(path: Path, shape: Shape, types: Types | None = None) -> 
             for part in parts:
                 file.write(part + b"\0" * (-len(part) % plan.alignment))
     return sum(t.n_weights for t in tensors)
+
+
+def with_vocabulary(kvs: Mapping[str, KV], n_vocab: int) -> dict[str, KV]:
+    """``kvs`` with pairs of its tokens as further tokens and merges, up to ``n_vocab`` tokens."""
+    tokens, kinds = kvs["tokenizer.ggml.tokens"], kvs["tokenizer.ggml.token_type"]
+    merges = kvs["tokenizer.ggml.merges"]
+    words, known, more = list(tokens.value), set(tokens.value), []
+    plain = [word for word in words if word.isalpha() and word.isascii()]
+    for left in plain:
+        for right in plain:
+            if len(words) >= n_vocab:
+                break
+            if left + right not in known:
+                known.add(left + right)
+                words.append(left + right)
+                more.append(f"{left} {right}")
+    added = len(words) - len(tokens.value)
+    return {
+        **kvs,
+        "tokenizer.ggml.tokens": replace(tokens, value=words),
+        "tokenizer.ggml.token_type": replace(kinds, value=[*kinds.value, *[1] * added]),
+        "tokenizer.ggml.merges": replace(merges, value=[*merges.value, *more]),
+    }
 
 
 def _values(tensor: SourceTensor) -> npt.NDArray[np.float32]:
