@@ -40,6 +40,7 @@ _CACHE = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"
 @click.option("--mmproj", type=FILE, help="A vision model beside it.")
 @click.option("--model", "source", type=FILE, help="The source of a plan.json.")
 @click.option("--memory", help="Judge for a device with so much memory, e.g. 8GiB (default: what is free here).")
+@click.option("--unified/--no-unified", default=None, help="Whether the GPU shares the memory (default: as here).")
 @options.pre_option
 @json_option
 def memory(
@@ -60,6 +61,7 @@ def memory(
     mmproj: Path | None,
     source: Path | None,
     memory: str | None,
+    unified: bool | None,
     pre: str | None,
     as_json: bool,
 ) -> None:
@@ -81,7 +83,7 @@ def memory(
     from mopeq_edge.memory.predict import predict
     from mopeq_edge.memory.repack import this_cpu
     from mopeq_edge.memory.settings import CACHE_TYPES, Settings
-    from mopeq_edge.memory.verdict import judge, judge_on, parse_memory
+    from mopeq_edge.memory.verdict import judge, parse_memory
     from mopeq_edge.split import read_parts
 
     settings = Settings(
@@ -105,12 +107,12 @@ def memory(
     prediction = predict(found, settings, cpu, vision)
     device = probe()
     limit = parse_memory(memory) if memory is not None else device.usable
-    unified = bool(device.unified)
-    gpu_free = device.gpus[0].free if device.gpus else None
-    verdict = judge(prediction, limit, unified=unified) if memory is not None else judge_on(prediction, device)
+    shared = bool(device.unified) if unified is None else unified
+    gpu_free = device.gpus[0].free if device.gpus and memory is None else None
+    verdict = judge(prediction, limit, gpu_free, unified=shared)
     levers: tuple[Lever, ...] = ()
-    if not verdict.ok and limit is not None:
-        levers = advise(found, settings, cpu, limit, gpu_free=gpu_free, unified=unified)
+    if verdict.missing and limit is not None:
+        levers = advise(found, settings, cpu, limit, gpu_free=gpu_free, unified=shared)
     command = command_line(os.fspath(model), settings)
     if as_json:
         print_json(_as_dict(found, prediction, device, verdict, levers, command))
@@ -209,13 +211,13 @@ def _print(
     cells = resolved.n_ctx if resolved.unified else resolved.n_ctx_seq
     print_table(rows_table(f"{model.name}: {resolved.n_seq} x {cells} tokens ({shared})", rows))
     device_rows = [
-        (name, "unknown" if size is None else both(size))
-        for name, size in (
-            ("memory", device.total),
-            ("available", device.available),
-            ("limit of the control group", device.limit),
-            ("swap", device.swap_total),
-            ("may be locked", device.locked_limit),
+        (name, nothing if size is None else both(size))
+        for name, size, nothing in (
+            ("memory", device.total, "unknown"),
+            ("available", device.available, "unknown"),
+            ("limit of the control group", device.limit, "none known"),
+            ("swap", device.swap_total, "unknown"),
+            ("may be locked", device.locked_limit, "no limit known"),
         )
     ]
     for gpu in device.gpus:
@@ -230,7 +232,7 @@ def _print(
     for lever in levers:
         enough = "enough" if lever.fits else "not enough alone"
         click.echo(f"- {lever.what}: saves {both(lever.saves)}, {enough}\n    {lever.command}")
-    if verdict.ok or verdict.limit is None:
+    if not verdict.missing:
         click.echo(command)
 
 

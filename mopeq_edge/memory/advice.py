@@ -137,6 +137,6 @@ def _smaller_file(model: Model, settings: Settings, cpu: Cpu, limit: int, now: P
             f"a file of {found.budget:,} bytes instead of {model.file_bytes:,}",
             saves,
             True,
-            f"mopeq-edge convert SOURCE OUT.gguf --target-gb {found.budget / 1e9:.3f}",
+            f"mopeq-edge convert SOURCE OUT.gguf --target-gb {found.budget // 10**6 / 1000:.3f}",
         )
     ]

@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass
 
 from mopeq_edge.errors import MopeqError
-from mopeq_edge.memory.device import Device
 from mopeq_edge.memory.predict import ANONYMOUS, Prediction
 from mopeq_edge.units import GB, GIB
 
@@ -44,7 +43,8 @@ class Verdict:
 def judge(prediction: Prediction, limit: int | None, gpu_limit: int | None = None, *, unified: bool = False) -> Verdict:
     """Compare with ``limit`` bytes of host memory and ``gpu_limit`` of a GPU's own.
 
-    With ``unified`` memory the GPU's part comes out of ``limit`` too.
+    With ``unified`` memory the GPU's part comes out of ``limit`` too. Where the GPU's memory is not known, the verdict
+    on what fits into the host's is unknown.
     """
     extra = prediction.gpu if unified else 0
     needed = prediction.needed + extra
@@ -52,15 +52,11 @@ def judge(prediction: Prediction, limit: int | None, gpu_limit: int | None = Non
         return Verdict(UNKNOWN, None, needed, 0)
     if not unified and gpu_limit is not None and prediction.gpu > gpu_limit:
         return Verdict(TOO_LARGE, gpu_limit, prediction.gpu, prediction.gpu - gpu_limit)
+    if not unified and gpu_limit is None and prediction.gpu and needed <= limit:
+        return Verdict(UNKNOWN, limit, needed, 0)
     if prediction.peak + extra <= limit:
         return Verdict(FITS, limit, needed, 0)
     if needed <= limit:
         return Verdict(TIGHT, limit, needed, 0)
     word = FROM_DISK if prediction.total(ANONYMOUS) + extra <= limit else TOO_LARGE
     return Verdict(word, limit, needed, needed - limit)
-
-
-def judge_on(prediction: Prediction, device: Device) -> Verdict:
-    """On a device as it is now."""
-    gpu = device.gpus[0].free if device.gpus else None
-    return judge(prediction, device.usable, gpu, unified=bool(device.unified))

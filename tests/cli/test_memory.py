@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,15 @@ def test_it_says_no_and_what_to_do(gguf: Path) -> None:
     assert "llama-server -m" in text
 
 
+def test_a_gpu_of_its_own_or_a_shared_memory(gguf: Path) -> None:
+    options = (gguf, "--ctx", 512, "--ngl", 99, "--memory", "200MB")
+    assert found_of(*options, "--no-unified")["verdict"]["word"] == "unknown"
+    shared = found_of(*options, "--unified")
+    # CUDA itself is larger than that
+    assert shared["verdict"]["word"] == "does not fit"
+    assert found_of(*options[:-1], "1GB", "--unified")["verdict"]["ok"]
+
+
 def test_the_table_names_the_units(gguf: Path) -> None:
     text = invoke(gguf, "--ctx", 512).stdout
     assert "4 x 512 tokens (shared)" in text
@@ -129,3 +140,11 @@ def test_a_vision_model_beside_it(gguf: Path, bf16_gguf: Path) -> None:
     without, beside = found_of(gguf, "--ctx", 512), found_of(gguf, "--ctx", 512, "--mmproj", bf16_gguf)
     part = next(p for p in beside["prediction"]["parts"] if p["name"] == "vision model")
     assert beside["prediction"]["host_bytes"] - without["prediction"]["host_bytes"] == part["nbytes"] > 30_000_000
+
+
+def test_no_torch_on_the_device(gguf: Path) -> None:
+    """In a process of its own: a device has no torch, and a header needs none."""
+    code = "import sys; from mopeq_edge.cli import cli; "
+    code += f"cli(['memory', {str(gguf)!r}, '--ctx', '512'], standalone_mode=False); "
+    code += "assert not {'torch', 'transformers', 'converters'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(__file__).parents[2])

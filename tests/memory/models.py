@@ -16,13 +16,37 @@ from mopeq_edge.memory.model import Model, model_of_gguf
 from mopeq_edge.source.huggingface import open_huggingface
 
 from ..builders import TOKENIZER_FROM, write_raw_gguf
-from ..expert_groups.architectures import ARCHITECTURES, N_EXPERT, N_FF, N_HEAD, N_LAYER, N_USED
-from ..expert_groups.architectures import HEAD as HEAD
-from ..expert_groups.architectures import N_EMBD as N_EMBD
+from ..expert_groups.architectures import (
+    ARCHITECTURES,
+    ATTENTION,
+    DENSE,
+    EXPERTS,
+    HEAD,
+    N_EMBD,
+    N_EXPERT,
+    N_FF,
+    N_HEAD,
+    N_LAYER,
+    N_USED,
+    SHARED,
+    Architecture,
+)
 
 N_VOCAB = 4096
 
-OCR: Mapping[str, Any] = {"expert_count": N_EXPERT, "leading_dense_block_count": 1, "expert_shared_count": 1}
+ALL: Mapping[str, Architecture] = {
+    **ARCHITECTURES,
+    "deepseek": Architecture(
+        "deepseek",
+        {**ATTENTION, **EXPERTS, **SHARED},
+        {
+            **{"leading_dense_block_count": 1, "expert_shared_count": 1, "expert_feed_forward_length": N_FF},
+            "expert_weights_scale": 1.0,
+        },
+        {**ATTENTION, **DENSE},
+    ),
+}
+"""The architectures of the expert groups' tests and one more, whose checkpoints no converter reads."""
 
 
 @cache
@@ -40,7 +64,7 @@ def kv(value: Any) -> KV:
 
 def write_zeros(path: Path, name: str, **keys: Any) -> Path:
     """The architecture called ``name`` in the table of the expert groups' tests; ``keys`` replace its own."""
-    own = ARCHITECTURES[name]
+    own = ALL[name]
     common = {
         "block_count": N_LAYER,
         "context_length": 131072,

@@ -33,8 +33,7 @@ from mopeq_edge.runtime.server import buffers, serving
 from mopeq_edge.source.huggingface import HuggingFaceSource
 
 from ..builders import write_gguf, write_quantized_gguf
-from ..expert_groups.architectures import ARCHITECTURES
-from .models import model_of, write_zeros
+from .models import ALL, model_of, write_zeros
 
 pytestmark = pytest.mark.runtime
 
@@ -65,7 +64,7 @@ def near(mib: float, nbytes: int) -> bool:
     return abs(mib - nbytes / MIB) < 0.00501
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=ALL)
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_zeros(tmp_path_factory.mktemp("zeros") / "m.gguf", request.param)
 

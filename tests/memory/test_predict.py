@@ -13,7 +13,7 @@ from mopeq_edge.memory.advice import advise
 from mopeq_edge.memory.command import arguments, command_line
 from mopeq_edge.memory.fits import HEADROOM, TRIED_TYPES, _in_type, file_budget
 from mopeq_edge.memory.model import Model, StoredTensor
-from mopeq_edge.memory.predict import ANONYMOUS, CACHE, GPU, MAPPED, Prediction, predict
+from mopeq_edge.memory.predict import ANONYMOUS, CACHE, GPU, MAPPED, WEIGHTS_GPU, Prediction, predict
 from mopeq_edge.memory.repack import Cpu, is_repacked, this_cpu
 from mopeq_edge.memory.settings import CACHE_TYPES, COMPLETION, Settings
 from mopeq_edge.memory.verdict import FITS, FROM_DISK, TIGHT, TOO_LARGE, UNKNOWN, judge, parse_memory
@@ -121,7 +121,7 @@ def test_layers_on_a_gpu_take_their_cache_along(model: Model) -> None:
     assert not every.exact_graph
     on_gpu = {t.name for t in model.tensors if t.layer == 1 or t.name in ("output.weight", "output_norm.weight")}
     weights = sum(t.nbytes for t in model.tensors if t.name in on_gpu)
-    assert some.nbytes("weights, on the GPU") == weights
+    assert some.nbytes(WEIGHTS_GPU) == weights
 
 
 def test_totals_add_up(model: Model) -> None:
@@ -158,6 +158,8 @@ def test_verdicts(model: Model) -> None:
     gpu = prediction(model, gpu_layers=3)
     assert judge(gpu, 10**12, gpu.gpu).ok
     assert judge(gpu, 10**12, gpu.gpu - 1).word == TOO_LARGE
+    # nobody knows what the GPU has
+    assert judge(gpu, 10**12).word == UNKNOWN
     # one memory for both
     assert judge(gpu, gpu.peak + gpu.gpu, unified=True).ok
     assert not judge(gpu, gpu.needed + gpu.gpu - 1, unified=True).ok
