@@ -222,6 +222,18 @@ class LlamaModel:
             rows[position] = self._decode(ids[position : position + 1], position, 0)[0]
         return rows
 
+    def logits_after(self, prompt_tokens: npt.ArrayLike, tokens: npt.ArrayLike) -> Floats:
+        """Logits behind the prompt [n_prompt] and behind each of ``tokens`` [n], decoded singly as in generation.
+
+        float32 [n + 1, n_vocab].
+        """
+        prompt, ids = np.ascontiguousarray(prompt_tokens, np.int32), np.ascontiguousarray(tokens, np.int32)
+        self._check_length(len(prompt) + len(ids))
+        rows = [self.logits(prompt, first=len(prompt) - 1)[0]]
+        for i in range(len(ids)):
+            rows.append(self._decode(ids[i : i + 1], len(prompt) + i, 0)[0].copy())
+        return np.stack(rows)
+
     def greedy(self, prompt_tokens: npt.ArrayLike, n: int) -> list[int]:
         """The likeliest continuation of the prompt [n_tokens], at most ``n`` tokens.
 

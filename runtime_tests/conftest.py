@@ -24,6 +24,7 @@ from mopeq_edge.summary import Summary, summarise
 from runtime_tests.engines import Engines, Setup
 from runtime_tests.prompts import LENGTHS, N_CTX, TEXT
 from runtime_tests.recording import Recorder
+from runtime_tests.vocabulary import ServerVocabulary, Vocabulary
 
 Tokens = npt.NDArray[np.int32]
 Record = Callable[[str, object], None]
@@ -102,7 +103,9 @@ def build(request: pytest.FixtureRequest) -> Build:
 
 
 @pytest.fixture(scope="session")
-def setup(request: pytest.FixtureRequest, model_path: Path, build: Build, summary: Summary, header: GGUFHeader) -> Setup:
+def setup(
+    request: pytest.FixtureRequest, model_path: Path, build: Build, summary: Summary, header: GGUFHeader
+) -> Setup:
     trained = header.get(f"{summary.architecture}.context_length")
     n_ctx = min(N_CTX, trained) if isinstance(trained, int) and trained > 0 else N_CTX
     option = request.config.getoption
@@ -142,18 +145,21 @@ def server(engines: Engines, build: Build) -> Server:
 
 
 @pytest.fixture(scope="session")
-def tokens(setup: Setup, engines: Engines, binding_problem: str | None) -> Tokens:
-    """The longest prompt, int32 [max(LENGTHS)]; shorter ones are its begin."""
+def vocabulary(setup: Setup, engines: Engines, binding_problem: str | None) -> Iterator[Vocabulary]:
     if binding_problem is None:
-        with LlamaModel(setup.model, vocab_only=True) as vocabulary:
-            found = vocabulary.tokenize(TEXT, add_special=True)
+        with LlamaModel(setup.model, vocab_only=True) as opened:
+            yield opened
     elif setup.build.tool("llama-server") is not None:
-        answer = engines.server().post("/tokenize", {"content": TEXT, "add_special": True})
-        found = np.asarray(answer["tokens"], np.int32)
+        yield ServerVocabulary(engines)
     else:
         pytest.skip(f"nothing to tokenize with: {binding_problem}, and there is no llama-server")
+
+
+@pytest.fixture(scope="session")
+def tokens(vocabulary: Vocabulary) -> Tokens:
+    """The longest prompt, int32 [max(LENGTHS)]; shorter ones are its begin."""
     # A vocabulary of whole sentences would leave too few: begin again.
-    return np.resize(found, max(LENGTHS))
+    return np.resize(vocabulary.tokenize(TEXT, add_special=True), max(LENGTHS))
 
 
 @pytest.fixture

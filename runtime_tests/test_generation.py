@@ -105,9 +105,7 @@ def test_batch_and_token_by_token_agree(library: Engines, prompt: Tokens, length
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_the_split_into_batches_does_not_matter(
-    library: Engines, prompt: Tokens, length: int, record: Record
-) -> None:
+def test_the_split_into_batches_does_not_matter(library: Engines, prompt: Tokens, length: int, record: Record) -> None:
     first = first_compared(prompt)
     whole = library.library(plain=True).logits(prompt, first)
     split = library.library(plain=True, n_batch=5 if first == 0 else 61).logits(prompt, first)

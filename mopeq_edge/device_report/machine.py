@@ -25,8 +25,8 @@ def describe(machine: Machine | None = None) -> dict[str, Any]:
         "soc": _soc(machine),
         "architecture": _line(machine, "uname", "-m"),
         "cpu": _cpu(machine),
-        "cpu_cores_count": _count(machine, ("nproc", "--all"), ("sysctl", "-n", "hw.ncpu")),
-        "cpu_cores_usable_count": _count(machine, ("nproc",), ("sysctl", "-n", "hw.ncpu")),
+        "cpu_cores_count": _cores(machine, machine.read("/sys/devices/system/cpu/present")),
+        "cpu_cores_usable_count": _cores(machine, _allowed(machine)),
         "cpu_governor": _text(machine, _GOVERNOR),
         "system": machine.system,
         "os": _os(machine),
@@ -134,12 +134,19 @@ def _text(machine: Machine, path: str) -> str | None:
     return (machine.read(path) or "").strip("\0\n ") or None
 
 
-def _count(machine: Machine, *commands: tuple[str, ...]) -> int | None:
-    for command in commands:
-        text = (machine.run(command) or "").strip()
-        if text.isdigit():
-            return int(text)
-    return None
+def _cores(machine: Machine, ranges: str | None) -> int | None:
+    """Of the kernel's "0-3,6"; a Mac tells the number."""
+    if machine.system == "Darwin":
+        text = _line(machine, "sysctl", "-n", "hw.ncpu") or ""
+        return int(text) if text.isdigit() else None
+    found = re.findall(r"(\d+)(?:-(\d+))?", ranges or "")
+    return sum(int(last or first) - int(first) + 1 for first, last in found) or None
+
+
+def _allowed(machine: Machine) -> str | None:
+    """The cores that this process may use. Not of nproc, which follows OMP_NUM_THREADS."""
+    match = re.search(r"^Cpus_allowed_list:\s*(\S+)$", machine.read("/proc/self/status") or "", re.MULTILINE)
+    return match[1] if match else None
 
 
 def _line(machine: Machine, *command: str) -> str | None:

@@ -75,8 +75,8 @@ def compare(base: Floats, target: Floats, next_tokens: Tokens) -> PositionScores
     rows = max(1, _BLOCK // n_vocab)
     for start in range(0, n, rows):
         part = slice(start, min(start + rows, n))
-        log_p = _log_softmax(base[part])
-        log_q = _log_softmax(target[part])
+        log_p = log_softmax(base[part])
+        log_q = log_softmax(target[part])
         token = (np.arange(len(log_p)), next_tokens[part])
         nll_base[part] = -log_p[token]
         nll_target[part] = -log_q[token]
@@ -116,7 +116,8 @@ def summarise(scores: Sequence[PositionScores]) -> Divergence:
     )
 
 
-def _log_softmax(logits: Floats) -> Doubles:
+def log_softmax(logits: Floats) -> Doubles:
+    """Log-probabilities of each row of ``logits`` [n, n_vocab], in nats."""
     wide = logits.astype(np.float64)
     with np.errstate(invalid="ignore"):
         wide -= wide.max(axis=1, keepdims=True)
