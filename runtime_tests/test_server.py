@@ -19,7 +19,7 @@ from runtime_tests.vocabulary import ServerVocabulary, Vocabulary
 NEAR_TIE = 0.1
 """Nats between two tokens of which one alone and four at once may choose either: sums are in another order."""
 
-MOST_LOGPROB = 0.02
+MOST_LOGPROB = 0.1
 """Nats that a log-probability may differ by between llama-server and the library, of tokens above :data:`LEAST`."""
 
 LEAST = -5.0
