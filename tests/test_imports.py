@@ -66,6 +66,13 @@ def test_frameworks_stay_where_models_run() -> None:
     assert breaches({"torch", "transformers"}, inside, (*models_run_in, pickles_are_read_in)) == []
 
 
+def test_what_checks_a_file_on_the_device_needs_no_framework() -> None:
+    """By its own text, and in a process of its own by that of everything that it imports."""
+    assert breaches({"torch", "transformers"}, ("converters/onnx_reference/",)) == []
+    code = "import sys; import converters.onnx_reference; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 def test_opening_a_checkpoint_imports_no_torch(tiny_model: Path) -> None:
     """In a process of its own: torch is for files that only torch can read."""
     code = "import sys; from mopeq_edge.source.checkpoint import Checkpoint; from pathlib import Path; "

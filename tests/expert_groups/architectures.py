@@ -208,6 +208,8 @@ def _write_keys(writer: gguf.GGUFWriter, architecture: Architecture) -> None:
         (bool, writer.add_bool),
         (int, writer.add_uint32),
         (float, writer.add_float32),
+        (str, writer.add_string),
+        (list, writer.add_array),
     )
     for key, value in keys.items():
         add = next(adder for kind, adder in adders if isinstance(value, kind))

@@ -1,0 +1,142 @@
+"""The whole model, layer by layer: tokens in, logits and routed experts out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from converters.onnx_reference.attention import causal_mask
+from converters.onnx_reference.graph import Array, Floats
+from converters.onnx_reference.layers import (
+    Parts,
+    check_tensors,
+    embedding,
+    expert_feeds,
+    make_parts,
+    output_name,
+    rope_factors,
+    router_of,
+)
+from converters.onnx_reference.read_settings import read_settings
+from converters.onnx_reference.rope import rotations
+from converters.onnx_reference.settings import Settings
+from converters.onnx_reference.weights import Weights
+from mopeq_edge.errors import FormatError, SourceError
+from mopeq_edge.progress import Progress, SilentProgress
+from mopeq_edge.split import read_parts
+
+Ints = npt.NDArray[np.int32]
+
+HEAD_WEIGHTS = 1 << 24
+"""Weights of the output matrix that are in float32 at once."""
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What a layer's router chose for n_tokens tokens.
+
+    ``ids`` int32 and ``weights`` float32 [n_tokens, n_used]: the experts by their scores in the choice, from the
+    highest, and what their outputs are multiplied with. ``margins`` float32 [n_tokens]: how far the choice is from
+    another one, in logits or scores (:mod:`converters.onnx_reference.router` on ties).
+    """
+
+    ids: Ints
+    weights: Floats
+    margins: Floats
+
+
+@dataclass(frozen=True)
+class ReferenceResult:
+    """``logits`` float32 [n_tokens, n_vocab]; ``routed`` by the number of the layer, of those that have experts."""
+
+    logits: Floats
+    routed: Mapping[int, Routed]
+
+
+def run_reference(
+    path: Path, tokens: npt.ArrayLike, *, threads: int = 1, progress: Progress | None = None
+) -> ReferenceResult:
+    """What the GGUF ``path`` (any layout; the first file of a split one) says to the text ``tokens`` [n_tokens].
+
+    Computed in float32 by onnxruntime with ``threads`` threads, from weights that gguf-py dequantized; in memory are
+    one layer's attention or one expert at a time. Settings and quirks are those of llama.cpp with that file.
+
+    Raises :class:`SourceError` for what the reference does not compute, and :class:`FormatError` for a file that is
+    damaged, lacks a tensor or has one of another shape.
+    """
+    headers = read_parts(path)
+    settings = read_settings(headers[0])
+    weights = Weights(headers)
+    parts = make_parts(settings, threads)
+    check_tensors(settings, parts, weights)
+    ids = _checked(path, tokens, settings)
+    with (progress or SilentProgress()).step("ONNX reference", settings.n_layer + 1) as step:
+        hidden = embedding(weights, ids, settings.embedding_scale)
+        routed: dict[int, Routed] = {}
+        for layer in range(settings.n_layer):
+            hidden, chosen = run_layer(settings, parts, weights, layer, hidden)
+            if not np.isfinite(hidden).all():
+                raise FormatError(
+                    f"{path}: layer {layer} (tensors 'blk.{layer}.*') gives numbers that are not finite; "
+                    "its weights are damaged, make it again"
+                )
+            if chosen is not None:
+                routed[layer] = chosen
+            step.advance()
+        logits = _logits(settings, parts, weights, hidden)
+        step.advance()
+    return ReferenceResult(logits, routed)
+
+
+def run_layer(
+    settings: Settings, parts: Parts, weights: Weights, layer: int, hidden: Floats
+) -> tuple[Floats, Routed | None]:
+    """The hidden states [n_tokens, n_embd] behind a layer, and what its router chose, if it has one."""
+    n_tokens, prefix, window = len(hidden), f"blk.{layer}.", settings.windows[layer]
+    rope = settings.windowed_rope if window else settings.rope
+    cos, sin = rotations(rope, n_tokens, rope_factors(settings, weights))
+    mask = causal_mask(n_tokens, window)
+    hidden, x = parts.attention.run(weights, prefix, hidden=hidden, cos=cos, sin=sin, mask=mask)
+    chosen = None
+    if not settings.has_experts(layer):
+        total = parts.dense.run(weights, prefix, x=x)[0]
+    else:
+        found = router_of(parts, weights, layer).run(weights, prefix, x=x)
+        chosen = Routed(found[0].astype(np.int32), found[1], found[2])
+        total = np.zeros_like(x) if parts.shared is None else parts.shared.run(weights, prefix, x=x)[0]
+        total = _add_experts(parts, weights, layer, x, total, chosen)
+    return parts.join.run_with({"hidden": hidden, "sum": total})[0], chosen
+
+
+def _add_experts(parts: Parts, weights: Weights, layer: int, x: Array, total: Array, chosen: Routed) -> Array:
+    """One expert after the other, of those that some token goes to."""
+    for expert in np.unique(chosen.ids).tolist():
+        rows, slots = np.nonzero(chosen.ids == expert)
+        share = chosen.weights[rows, slots][:, None]
+        feeds = expert_feeds(parts, weights, layer, expert)
+        total = parts.expert.run_with({**feeds, "x": x, "sum": total, "rows": rows, "share": share})[0]
+    return total
+
+
+def _logits(settings: Settings, parts: Parts, weights: Weights, hidden: Floats) -> Floats:
+    name = output_name(settings, weights)
+    step = max(1, HEAD_WEIGHTS // settings.n_embd)
+    logits = np.empty((len(hidden), settings.n_vocab), dtype=np.float32)
+    for first in range(0, settings.n_vocab, step):
+        rows = weights.rows(name, first, min(step, settings.n_vocab - first))
+        logits[:, first : first + len(rows)] = parts.head.run(weights, "", hidden=hidden, rows=rows)[0]
+    return logits
+
+
+def _checked(path: Path, tokens: npt.ArrayLike, settings: Settings) -> npt.NDArray[np.int64]:
+    ids = np.asarray(tokens)
+    if ids.ndim != 1 or not len(ids) or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"expected one row of token ids, got {ids.dtype} of shape {ids.shape}")
+    outside = ids[(ids < 0) | (ids >= settings.n_vocab)]
+    if len(outside):
+        raise SourceError(f"{path}: has {settings.n_vocab} tokens, expected ids below that, found {outside[0]}")
+    return ids.astype(np.int64)
