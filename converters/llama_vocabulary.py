@@ -42,8 +42,8 @@ _USER_DEFINED, _CONTROL, _NORMAL = (
 def add_llama_vocabulary(writer: Any, directory: Path, vocab_size: int, pre: str | None) -> None:
     """Add the vocabulary in ``directory``, filled up to ``vocab_size`` tokens, to a ``gguf.GGUFWriter``.
 
-    Nothing with :data:`NO_VOCABULARY` for ``pre``. Raises :class:`SourceError` if there is none, it is damaged, does not fit the model, or llama.cpp would make other
-    tokens of a text.
+    Nothing with :data:`NO_VOCABULARY` for ``pre``. Raises :class:`SourceError` if there is none, it is damaged, does
+    not fit the model, or llama.cpp would make other tokens of a text.
     """
     if pre == NO_VOCABULARY:
         return

@@ -170,5 +170,6 @@ def _checked_routing(routing: Mapping[int, Ints], n_tokens: int, settings: Setti
         ids = routing.get(layer)
         if ids is None or ids.shape != shape or ids.min() < 0 or ids.max() >= settings.router.n_expert:
             found = None if ids is None else ids.shape
-            raise ValueError(f"routing of layer {layer}: expected ids {shape} below {settings.router.n_expert}: {found}")
+            n = settings.router.n_expert
+            raise ValueError(f"routing of layer {layer}: expected ids {shape} from 0 to {n - 1}, got {found}")
     return {layer: ids.astype(np.int32) for layer, ids in routing.items()}

@@ -51,7 +51,8 @@ def check_weights(model: StoredModel, compared: Sequence[Compared], source: Sour
     worst = max(compared, key=lambda one: one.error / one.bound.matrix if one.bound.matrix else one.error)
     n_rows = sum(len(one.rows) for one in compared)
     looked_at = f"{plural(n_rows, 'row')} of {len(compared)} matrices"
-    message = f"nearest to its bound: {worst.matrix.label} ({worst.matrix.type.name}), relative RMS error"
+    message = f"nearest to its bound: {worst.matrix.label} ({worst.matrix.type.name}), "
+    message += f"relative RMS error {worst.error:.3g} of {worst.bound.matrix:.3g}"
     return [*checks, Check(WEIGHTS, looked_at, worst.error, worst.bound.matrix, True, message)]
 
 

@@ -30,6 +30,7 @@ LEAST_RMS = 1e-6
 TWO_PRODUCTS = 1e-5
 """What two programs differ by that turn the same blocks into float32, mostly in the order of two products."""
 
+
 @dataclass(frozen=True)
 class Bound:
     """Largest relative RMS error of a matrix, and of one of its rows; ``least`` is an RMS that never counts."""

@@ -65,9 +65,9 @@ def _candidates(compared: Compared, source: Source) -> Iterator[tuple[SourceTens
                 yield from ((twin, other, rows, "") for other in range(own.n_matrices) if other != number)
     own_name = own.name.split(".", 2)[-1]
     for tensor in source.tensors:
-        if tensor.layer not in (None, own.layer) and tensor.name.split(".", 2)[-1] == own_name:
-            if tensor.shape == own.shape:
-                yield tensor, number, rows, ""
+        elsewhere = tensor.layer not in (None, own.layer) and tensor.shape == own.shape
+        if elsewhere and tensor.name.split(".", 2)[-1] == own_name:
+            yield tensor, number, rows, ""
 
 
 def _other_order(compared: Compared, source: Source) -> Origin | None:

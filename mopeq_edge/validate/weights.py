@@ -100,9 +100,7 @@ def compare_weights(
         return tuple(pool.map(one, work))
 
 
-def _work(
-    model: StoredModel, tensors: dict[str, SourceTensor]
-) -> Iterator[tuple[Matrix, SourceTensor, Bound]]:
+def _work(model: StoredModel, tensors: dict[str, SourceTensor]) -> Iterator[tuple[Matrix, SourceTensor, Bound]]:
     for matrix in model.matrices:
         tensor = tensors.get(matrix.tensor)
         if tensor is None or shape_of(matrix) != (tensor.n_in, tensor.n_out, tensor.n_matrices):
@@ -137,4 +135,3 @@ def _ratio(wrong: npt.NDArray[np.float64], size: npt.NDArray[np.float64]) -> npt
     """0 where nothing is wrong, even of nothing."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray(np.where(wrong == 0, 0.0, wrong / size))
-
