@@ -33,7 +33,7 @@ from mopeq_edge.validate.llama_run import run_llama
 from mopeq_edge.validate.measured import Thresholds, check_evaluation, check_prediction
 from mopeq_edge.validate.scan import scan
 from mopeq_edge.validate.stored import StoredModel, stored_model
-from mopeq_edge.validate.structure import check_structure, find_plan
+from mopeq_edge.validate.structure import check_structure, find_plan, zeroed_tail
 from mopeq_edge.validate.text import N_TOKENS, TEXT, tokens_of
 from mopeq_edge.validate.tolerance import tolerance_of
 from mopeq_edge.validate.weights import CannotDequantizeError, compare_weights
@@ -102,8 +102,11 @@ def validate(request: ValidateRequest, progress: Progress) -> Validated:
         seconds[part] = round(time.monotonic() - start, 3)
 
     with timed("structure"):
-        summary = summarise(request.path)
         headers = read_parts(request.path)
+        try:
+            summary = summarise(request.path)
+        except FormatError as error:
+            raise zeroed_tail(headers[-1]) or error from None
         plan, why_no_plan = _plan(request, headers)
         checks = [check_structure(summary)]
         if plan is not None:
