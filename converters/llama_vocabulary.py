@@ -15,6 +15,7 @@ import gguf
 
 from converters.sentencepiece_model import FILE, Piece, SentencePieceModel, read_model
 from converters.vocabulary import (
+    NO_VOCABULARY,
     add_bpe_vocabulary,
     add_special_tokens,
     check_fits,
@@ -41,9 +42,11 @@ _USER_DEFINED, _CONTROL, _NORMAL = (
 def add_llama_vocabulary(writer: Any, directory: Path, vocab_size: int, pre: str | None) -> None:
     """Add the vocabulary in ``directory``, filled up to ``vocab_size`` tokens, to a ``gguf.GGUFWriter``.
 
-    Raises :class:`SourceError` if there is none, it is damaged, does not fit the model, or llama.cpp would make other
-    tokens of a text.
+    Nothing with :data:`NO_VOCABULARY` for ``pre``. Raises :class:`SourceError` if there is none, it is damaged, does
+    not fit the model, or llama.cpp would make other tokens of a text.
     """
+    if pre == NO_VOCABULARY:
+        return
     if (directory / "tekken.json").is_file() and not (directory / "tokenizer.json").is_file():
         raise SourceError(
             f"{directory}: its tokenizer is a tekken.json, expected tokenizer.model or tokenizer.json; "

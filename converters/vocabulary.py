@@ -13,6 +13,10 @@ from converters.pre_tokenizer import pre_tokenizer_name
 from mopeq_edge.errors import FormatError, SourceError
 from mopeq_edge.source.checkpoint import read_json_object
 
+NO_VOCABULARY = "(no vocabulary)"
+"""In place of a pre-tokenizer's name: leave the vocabulary out. For those who look at the other key-values alone, where
+there is no transformers."""
+
 _SPECIAL = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 _SPECIAL_ENDS = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
 
@@ -22,10 +26,12 @@ def add_bpe_vocabulary(
 ) -> None:
     """Add the vocabulary in ``directory``, filled up to ``vocab_size`` tokens, to a ``gguf.GGUFWriter``.
 
-    ``pre`` overrides the pre-tokenizer's name, ``add_bos`` what the tokenizer says about BOS. The ``n_further`` tokens
-    behind ``vocab_size`` are left out. Raises :class:`SourceError` if there is no tokenizer, it does not fit the model
-    or llama.cpp has no pre-tokenizer like it.
+    ``pre`` overrides the pre-tokenizer's name (:data:`NO_VOCABULARY`: adds nothing), ``add_bos`` what the tokenizer
+    says about BOS. The ``n_further`` tokens behind ``vocab_size`` are left out. Raises :class:`SourceError` if there is
+    no tokenizer, it does not fit the model or llama.cpp has no pre-tokenizer like it.
     """
+    if pre == NO_VOCABULARY:
+        return
     if is_byte_fallback(directory):
         raise SourceError(
             f"{directory}: its tokenizer.json is of the SentencePiece kind (byte_fallback), expected a byte-level one: "

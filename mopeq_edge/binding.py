@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mopeq_edge.errors import MopeqError
+from mopeq_edge.graph_nodes import NodeReader
 from mopeq_edge.runtime.locate import import_llama_cpp, library_dir
 from mopeq_edge.runtime.per_expert import why_it_does_not_load
 
@@ -52,6 +53,7 @@ class LlamaModel:
         use_mmap: bool = True,
         n_gpu_layers: int = 0,
         plain: bool = False,
+        nodes: NodeReader | None = None,
     ) -> None:
         """Load ``path``.
 
@@ -61,6 +63,7 @@ class LlamaModel:
         ``plain``: an F32 cache, no flash attention and no repacked weights. llama.cpp then computes one
         token and many tokens in nearly the same way, so that the two can be compared; without it they
         differ by the rounding of F16 and of the activations, which a near tie in a router amplifies.
+        ``nodes``: is given results inside the graph while it is computed.
         """
         self.path = Path(path)
         self._c = import_llama_cpp()
@@ -68,6 +71,7 @@ class LlamaModel:
         self._model: Any = None
         self._context: Any = None
         self._batch: Any = None
+        self._nodes, self._callback = nodes, None if nodes is None else nodes.callback(self._c)
         self._closed = False
         self._log.acquire()
         try:
@@ -105,6 +109,8 @@ class LlamaModel:
         if plain:
             params.flash_attn_type = c.LLAMA_FLASH_ATTN_TYPE_DISABLED
             params.type_k = params.type_v = c.GGML_TYPE_F32
+        if self._callback is not None:
+            params.cb_eval = self._callback
         self._log.clear()
         self._context = c.llama_init_from_model(self._model, params)
         if not self._context:
@@ -284,6 +290,8 @@ class LlamaModel:
         batch.n_tokens = n
         self._log.clear()
         status = self._c.llama_decode(self._open(), batch)
+        if self._nodes is not None:
+            self._nodes.check()
         if status != 0:
             raise MopeqError(f"{self.path}: llama.cpp cannot decode (status {status}): {self._log.reason()}")
         n_out = int(wanted.sum())

@@ -60,12 +60,15 @@ class Parts:
     head: Part
 
 
-def make_parts(settings: Settings, threads: int) -> Parts:
-    """Build them all; nothing is opened yet."""
+def make_parts(settings: Settings, threads: int, given: bool = False) -> Parts:
+    """Build them all; nothing is opened yet. ``given``: see :func:`router_graph`."""
     shared = shared_graph(settings)
     return Parts(
         attention=Part(attention_graph(settings), threads),
-        routers=(Part(router_graph(settings, False), threads), Part(router_graph(settings, True), threads)),
+        routers=(
+            Part(router_graph(settings, False, given), threads),
+            Part(router_graph(settings, True, given), threads),
+        ),
         shared=None if shared is None else Part(shared, threads),
         dense=Part(feed_forward_graph(settings, "", settings.n_ff), threads),
         expert=Part(expert_graph(settings), threads),

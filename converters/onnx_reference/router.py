@@ -17,11 +17,12 @@ LEAST_SUM = 2.0**-14
 """What weights are divided by at least: the smallest normal number of F16, as in llama.cpp."""
 
 
-def router_graph(settings: Settings, correction: bool) -> Graph:
+def router_graph(settings: Settings, correction: bool, given: bool = False) -> Graph:
     """Input: ``x`` [n_tokens, n_embd]. Outputs: ids, weights [n_tokens, n_used] in the order of their scores, from the
     highest; margins [n_tokens].
 
-    ``correction``: whether the layer has a bias that takes part in the choice alone.
+    ``correction``: whether the layer has a bias that takes part in the choice alone. ``given``: there is a second
+    input, ``given`` int64 [n_tokens, n_used], and the weights are those of these experts.
     """
     graph, own = Graph("router"), settings.router
     x = graph.input("x", ("n_tokens", settings.n_embd))
@@ -41,7 +42,8 @@ def router_graph(settings: Settings, correction: bool) -> Graph:
     logits_choose = own.gating is not Gating.SIGMOID and ranks is scores
     ids, margin = _top(graph, ranks, logits if logits_choose else ranks, own.n_used, own.n_expert)
     margins.append(margin)
-    weights = graph.add("GatherElements", scores, ids, axis=1)
+    used = graph.input("given", ("n_tokens", own.n_used), INT64) if given else ids
+    weights = graph.add("GatherElements", scores, used, axis=1)
     if own.gating is Gating.SOFTMAX_OF_CHOSEN:
         weights = graph.add("Softmax", weights, axis=-1)
     if own.normalised:

@@ -40,13 +40,15 @@ class Routed:
     """What a layer's router chose for n_tokens tokens.
 
     ``ids`` int32 and ``weights`` float32 [n_tokens, n_used]: the experts by their scores in the choice, from the
-    highest, and what their outputs are multiplied with. ``margins`` float32 [n_tokens]: how far the choice is from
-    another one, in logits or scores (:mod:`converters.onnx_reference.router` on ties).
+    highest, and what the outputs of ``used`` are multiplied with. ``margins`` float32 [n_tokens]: how far the choice is
+    from another one, in logits or scores (:mod:`converters.onnx_reference.router` on ties). ``used``: the experts that
+    were computed, ``ids`` unless they were given.
     """
 
     ids: Ints
     weights: Floats
     margins: Floats
+    used: Ints
 
 
 @dataclass(frozen=True)
@@ -58,27 +60,35 @@ class ReferenceResult:
 
 
 def run_reference(
-    path: Path, tokens: npt.ArrayLike, *, threads: int = 1, progress: Progress | None = None
+    path: Path,
+    tokens: npt.ArrayLike,
+    *,
+    threads: int = 1,
+    progress: Progress | None = None,
+    routing: Mapping[int, Ints] | None = None,
 ) -> ReferenceResult:
     """What the GGUF ``path`` (any layout; the first file of a split one) says to the text ``tokens`` [n_tokens].
 
     Computed in float32 by onnxruntime with ``threads`` threads, from weights that gguf-py dequantized; in memory are
     one layer's attention or one expert at a time. Settings and quirks are those of llama.cpp with that file.
+    ``routing``: experts [n_tokens, n_used] of every layer that has some, computed instead of the router's choice (which
+    the result has all the same): two programs that choose differently in a tie can then be compared behind it.
 
     Raises :class:`SourceError` for what the reference does not compute, and :class:`FormatError` for a file that is
-    damaged, lacks a tensor or has one of another shape.
+    damaged, lacks a tensor or has one of another shape. Raises :class:`ValueError` for a ``routing`` of another shape.
     """
     headers = read_parts(path)
     settings = read_settings(headers[0])
     weights = Weights(headers)
-    parts = make_parts(settings, threads)
+    parts = make_parts(settings, threads, routing is not None)
     check_tensors(settings, parts, weights)
     ids = _checked(path, tokens, settings)
+    given = None if routing is None else _checked_routing(routing, len(ids), settings)
     with (progress or SilentProgress()).step("ONNX reference", settings.n_layer + 1) as step:
         hidden = embedding(weights, ids, settings.embedding_scale)
         routed: dict[int, Routed] = {}
         for layer in range(settings.n_layer):
-            hidden, chosen = run_layer(settings, parts, weights, layer, hidden)
+            hidden, chosen = run_layer(settings, parts, weights, layer, hidden, given)
             if not np.isfinite(hidden).all():
                 raise FormatError(
                     f"{path}: layer {layer} (tensors 'blk.{layer}.*') gives numbers that are not finite; "
@@ -93,9 +103,17 @@ def run_reference(
 
 
 def run_layer(
-    settings: Settings, parts: Parts, weights: Weights, layer: int, hidden: Floats
+    settings: Settings,
+    parts: Parts,
+    weights: Weights,
+    layer: int,
+    hidden: Floats,
+    given: Mapping[int, Ints] | None = None,
 ) -> tuple[Floats, Routed | None]:
-    """The hidden states [n_tokens, n_embd] behind a layer, and what its router chose, if it has one."""
+    """The hidden states [n_tokens, n_embd] behind a layer, and what its router chose, if it has one.
+
+    ``given``: see :func:`run_reference`.
+    """
     n_tokens, prefix, window = len(hidden), f"blk.{layer}.", settings.windows[layer]
     rope = settings.windowed_rope if window else settings.rope
     cos, sin = rotations(rope, n_tokens, rope_factors(settings, weights))
@@ -105,8 +123,10 @@ def run_layer(
     if not settings.has_experts(layer):
         total = parts.dense.run(weights, prefix, x=x)[0]
     else:
-        found = router_of(parts, weights, layer).run(weights, prefix, x=x)
-        chosen = Routed(found[0].astype(np.int32), found[1], found[2])
+        more = {} if given is None else {"given": given[layer].astype(np.int64)}
+        found = router_of(parts, weights, layer).run(weights, prefix, x=x, **more)
+        ids = found[0].astype(np.int32)
+        chosen = Routed(ids, found[1], found[2], ids if given is None else given[layer])
         total = np.zeros_like(x) if parts.shared is None else parts.shared.run(weights, prefix, x=x)[0]
         total = _add_experts(parts, weights, layer, x, total, chosen)
     return parts.join.run_with({"hidden": hidden, "sum": total})[0], chosen
@@ -114,8 +134,8 @@ def run_layer(
 
 def _add_experts(parts: Parts, weights: Weights, layer: int, x: Array, total: Array, chosen: Routed) -> Array:
     """One expert after the other, of those that some token goes to."""
-    for expert in np.unique(chosen.ids).tolist():
-        rows, slots = np.nonzero(chosen.ids == expert)
+    for expert in np.unique(chosen.used).tolist():
+        rows, slots = np.nonzero(chosen.used == expert)
         share = chosen.weights[rows, slots][:, None]
         feeds = expert_feeds(parts, weights, layer, expert)
         total = parts.expert.run_with({**feeds, "x": x, "sum": total, "rows": rows, "share": share})[0]
@@ -140,3 +160,16 @@ def _checked(path: Path, tokens: npt.ArrayLike, settings: Settings) -> npt.NDArr
     if len(outside):
         raise SourceError(f"{path}: has {settings.n_vocab} tokens, expected ids below that, found {outside[0]}")
     return ids.astype(np.int64)
+
+
+def _checked_routing(routing: Mapping[int, Ints], n_tokens: int, settings: Settings) -> Mapping[int, Ints]:
+    shape = (n_tokens, settings.router.n_used)
+    for layer in range(settings.n_layer):
+        if not settings.has_experts(layer):
+            continue
+        ids = routing.get(layer)
+        if ids is None or ids.shape != shape or ids.min() < 0 or ids.max() >= settings.router.n_expert:
+            found = None if ids is None else ids.shape
+            n = settings.router.n_expert
+            raise ValueError(f"routing of layer {layer}: expected ids {shape} from 0 to {n - 1}, got {found}")
+    return {layer: ids.astype(np.int32) for layer, ids in routing.items()}

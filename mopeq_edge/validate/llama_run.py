@@ -1,0 +1,76 @@
+"""What llama.cpp says to a text: logits of the batch and token by token, and what its routers chose."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mopeq_edge.binding import Floats, LlamaModel, Tokens
+from mopeq_edge.graph_nodes import NodeReader
+
+Array = npt.NDArray[Any]
+
+LOGITS, CHOSEN = "ffn_moe_logits", "ffn_moe_topk"
+_LOGITS = (LOGITS, f"{LOGITS}_biased")
+_WEIGHTS = tuple(f"ffn_moe_weights{step}" for step in ("", "_softmax", "_norm", "_scaled"))
+"""In the order in which a graph has them; the last one of a layer is what the experts' outputs are multiplied with."""
+
+_NODE = re.compile(r"^(\w+)-(\d+)$")
+_WANTED = frozenset((CHOSEN, *_LOGITS, *_WEIGHTS))
+
+
+@dataclass(frozen=True)
+class LlamaRouted:
+    """One layer's router: ``ids`` int32 and ``weights`` float32 [n_tokens, n_used], ``logits`` [n_tokens, n_expert]."""
+
+    ids: Array
+    weights: Floats
+    logits: Floats
+
+
+@dataclass(frozen=True)
+class LlamaRun:
+    """``logits`` and ``stepped`` (decoded a token at a time) [n_tokens, n_vocab]; ``routed`` of the batch by layer."""
+
+    logits: Floats
+    stepped: Floats
+    routed: Mapping[int, LlamaRouted]
+
+
+def run_llama(path: Path, tokens: Tokens, *, threads: int) -> LlamaRun:
+    """Run ``path`` plainly (F32 cache, no flash attention) on ``tokens`` [n_tokens], on the CPU.
+
+    Raises :class:`MopeqError` if llama.cpp cannot.
+    """
+    found: dict[int, dict[str, Array]] = {}
+
+    def receive(name: str, values: Array) -> None:
+        match = _NODE.match(name)
+        if match is not None:
+            found.setdefault(int(match[2]), {})[match[1]] = values
+
+    reader = NodeReader(_wanted, receive)
+    n = len(tokens)
+    with LlamaModel(path, n_ctx=n, n_batch=n, n_threads=threads, plain=True, nodes=reader) as model:
+        logits = model.logits(tokens)
+        routed = {layer: _routed(nodes, n) for layer, nodes in sorted(found.items()) if CHOSEN in nodes}
+        stepped = model.step_logits(tokens)
+    return LlamaRun(logits, stepped, routed)
+
+
+def _wanted(name: str) -> bool:
+    match = _NODE.match(name)
+    return match is not None and match[1] in _WANTED
+
+
+def _routed(nodes: Mapping[str, Array], n_tokens: int) -> LlamaRouted:
+    weights = next(nodes[name] for name in reversed(_WEIGHTS) if name in nodes)
+    logits = next(nodes[name] for name in reversed(_LOGITS) if name in nodes)
+    ids = nodes[CHOSEN].reshape(n_tokens, -1)
+    return LlamaRouted(ids, np.asarray(weights.reshape(n_tokens, -1), np.float32), logits.reshape(n_tokens, -1))

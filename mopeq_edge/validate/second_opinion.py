@@ -1,0 +1,141 @@
+"""llama.cpp against the ONNX reference on the same tokens: logits, routing, and the batch against token by token.
+
+The reference computes the experts that llama.cpp chose, so that a choice that turned in a tie changes nothing behind
+it; the choice itself is compared layer by layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mopeq_edge.binding import Floats, Tokens
+from mopeq_edge.evaluate.divergence import compare
+from mopeq_edge.units import plural
+from mopeq_edge.validate.check import Check, Names
+from mopeq_edge.validate.llama_run import LlamaRouted, LlamaRun
+from mopeq_edge.validate.tolerance import Tolerance
+
+LOGITS, ROUTING, STEPS = "logits", "routing", "token by token"
+SHOWN = 8
+"""Layers that get a line each."""
+
+Array = npt.NDArray[Any]
+
+
+class Routed(Protocol):
+    """One layer of the reference: its own choice, the weights of the experts in ``used``, margins of the choice."""
+
+    @property
+    def ids(self) -> npt.NDArray[np.int32]: ...
+
+    @property
+    def weights(self) -> Floats: ...
+
+    @property
+    def margins(self) -> Floats: ...
+
+
+class Reference(Protocol):
+    """What the reference computed with llama.cpp's choice of experts."""
+
+    @property
+    def logits(self) -> Floats: ...
+
+    @property
+    def routed(self) -> Mapping[int, Routed]: ...
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Tokens whose experts differ: in a tie, and beyond one; the largest difference of weights over its tolerance."""
+
+    ties: int
+    wrong: list[int]
+    weights: float
+
+
+def check_logits(run: LlamaRun, reference: Reference, tokens: Tokens, tolerance: Tolerance) -> Check:
+    """The mean KLD of llama.cpp's next token from the reference's."""
+    looked_at = f"{plural(len(tokens), 'token')}, llama.cpp against ONNX"
+    return _compared(LOGITS, looked_at, reference.logits, run.logits, tokens, tolerance)
+
+
+def check_steps(run: LlamaRun, tokens: Tokens, tolerance: Tolerance) -> Check:
+    """The same of llama.cpp token by token, as in generation, from its own batch."""
+    looked_at = f"{plural(len(tokens), 'token')}, llama.cpp's batch against one at a time"
+    return _compared(STEPS, looked_at, run.logits, run.stepped, tokens, tolerance)
+
+
+def check_routing(run: LlamaRun, reference: Reference, tolerance: Tolerance) -> list[Check]:
+    """A line for every layer in which llama.cpp chose experts that no tie explains, or weighed them otherwise."""
+    layers = {
+        layer: _layer(run.routed[layer], routed, tolerance)
+        for layer, routed in reference.routed.items()
+        if layer in run.routed
+    }
+    checks = [
+        Check(
+            ROUTING, f"layer {layer}", None, None, False, f"layer {layer}: llama.cpp has no router there", Names.TENSOR
+        )
+        for layer in reference.routed
+        if layer not in run.routed
+    ]
+    n_tokens = len(run.logits)
+    for layer, found in layers.items():
+        if found.wrong:
+            checks.append(_wrong(layer, run.routed[layer], reference.routed[layer], found.wrong, n_tokens))
+        elif found.weights > 1:
+            message = f"layer {layer} (blk.{layer}.ffn_gate_inp.weight): llama.cpp weighs the same experts otherwise"
+            looked_at = f"layer {layer}"
+            checks.append(Check(ROUTING, looked_at, found.weights, 1, False, message, Names.TENSOR))
+    if len(checks) > SHOWN:
+        message = f"{len(checks) - SHOWN} layers more are routed otherwise"
+        checks = [*checks[:SHOWN], Check(ROUTING, "layers", len(checks), 0, False, message)]
+    ties = sum(found.ties for found in layers.values())
+    total = n_tokens * len(layers)
+    share = 1 - ties / total if total else 1.0
+    message = f"the same experts in {total - ties} of {total} choices, the others are ties"
+    return checks or [Check(ROUTING, plural(len(layers), "layer"), share, None, True, message)]
+
+
+def _compared(name: str, looked_at: str, base: Floats, other: Floats, tokens: Tokens, tolerance: Tolerance) -> Check:
+    if not np.isfinite(other).all() or not np.isfinite(base).all():
+        position = int(np.flatnonzero(~(np.isfinite(other) & np.isfinite(base)).all(axis=1))[0])
+        return Check(name, looked_at, None, None, False, f"token {position}: logits that are no numbers")
+    kld = compare(base, other, np.roll(tokens, -1)).kld
+    spread = float(base.std())
+    most = tolerance.kld(spread)
+    passed = bool(kld.mean() <= most)
+    largest = float(np.abs(base - other).max())
+    noise = float(np.sqrt(np.square(base - other).mean())) / spread if spread else 0.0
+    message = f"mean KLD {kld.mean():.2g}, max {kld.max():.2g} nats, logits off by {largest:.2g} at most"
+    message += f", by {noise:.1e} of their spread in RMS"
+    if not passed:
+        message = f"{looked_at}: {message}; a KLD of {most:.2g} is what rounding can make"
+    return Check(name, looked_at, float(kld.mean()), most, passed, message)
+
+
+def _layer(theirs: LlamaRouted, ours: Routed, tolerance: Tolerance) -> _Layer:
+    """``theirs``: llama.cpp's."""
+    noise = tolerance.noise * float(theirs.logits.std())
+    differs = (np.sort(theirs.ids, axis=1) != np.sort(ours.ids, axis=1)).any(axis=1)
+    wrong = np.flatnonzero(differs & (ours.margins > noise))
+    # the weights of both are of the experts that llama.cpp chose, in its order
+    off = float(np.abs(theirs.weights - ours.weights).max())
+    allowed = noise * float(np.abs(ours.weights).max())
+    return _Layer(int(differs.sum()) - len(wrong), wrong.tolist(), off / allowed if allowed else 0.0)
+
+
+def _wrong(layer: int, theirs: LlamaRouted, ours: Routed, tokens: list[int], n_tokens: int) -> Check:
+    token = tokens[0]
+    chose, expected = sorted(theirs.ids[token].tolist()), sorted(ours.ids[token].tolist())
+    message = (
+        f"layer {layer} (blk.{layer}.ffn_gate_inp.weight): llama.cpp chooses other experts for {len(tokens)} of "
+        f"{n_tokens} tokens, beyond a tie: for token {token} {chose}, ONNX {expected}"
+    )
+    return Check(ROUTING, f"layer {layer}", len(tokens) / n_tokens, 0, False, message, Names.TENSOR)
