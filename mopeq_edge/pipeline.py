@@ -18,6 +18,7 @@ from mopeq_edge.output_kvs import IMATRIX_NAME, Provenance, file_type_of, output
 from mopeq_edge.pipeline_calibrate import ACTIVATION_FILE, GRADIENT_FILE, Calibrated, CalibrationRequest
 from mopeq_edge.pipeline_context import Context as Context
 from mopeq_edge.pipeline_context import open_context as open_context
+from mopeq_edge.pipeline_context import open_header as open_header
 from mopeq_edge.plan.artifact import PER_EXPERT, STOCK, Plan, write_plan
 from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.forecast import Forecast, forecast

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from converters import CONVERTERS
-from converters.by_script import checkpoint_files, converted_gguf
+from converters.by_script import checkpoint_files, converted_gguf, header_gguf
 from mopeq_edge.artifacts import digest
 from mopeq_edge.progress import Progress
 from mopeq_edge.source.digests import Digests
@@ -71,3 +72,21 @@ def open_context(
         # another model of the same files: what was measured or written without its further blocks must not serve it
         content = digest(["with MTP", content])
     return Context(source, content, directory, threads, progress, checkpoint)
+
+
+def open_header(
+    model: Path, *, pre: str | None, keep_mtp: bool = False, before_script: Callable[[Path, str], None] | None = None
+) -> Source:
+    """Open ``model`` to see its names, shapes and key-values; of a directory without a converter there are no weights.
+
+    ``before_script`` gets the directory and its architecture when llama.cpp's script has to describe it.
+    """
+    with TemporaryDirectory(prefix="mopeq-edge-") as folder:
+
+        def to_gguf(directory: Path, architecture: str) -> Path:
+            if before_script is not None:
+                before_script(directory, architecture)
+            header_gguf(directory, Path(folder) / "header.gguf", pre=pre)
+            return Path(folder) / "header.gguf"
+
+        return open_source(model, CONVERTERS, pre, to_gguf, keep_mtp=keep_mtp)

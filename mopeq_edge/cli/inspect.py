@@ -35,15 +35,12 @@ def inspect(model: Path, types: str, floors: tuple[str, ...], pre: str | None, k
     Example:
       mopeq-edge inspect OLMoE-1B-7B
     """
-    from tempfile import TemporaryDirectory
-
-    from converters import CONVERTERS
-    from converters.by_script import SCRIPT, header_gguf
+    from converters.by_script import SCRIPT
     from mopeq_edge.cli.console import print_json, print_table
     from mopeq_edge.describe import describe
+    from mopeq_edge.pipeline import open_header
     from mopeq_edge.plan.candidates import parse_floors, parse_types
     from mopeq_edge.plan.options import PlanOptions
-    from mopeq_edge.source.open import open_source
     from mopeq_edge.summary import summarise_grouped
 
     grouped = summarise_grouped(model)
@@ -55,18 +52,14 @@ def inspect(model: Path, types: str, floors: tuple[str, ...], pre: str | None, k
         print_table(_grouped_table(grouped))
         return
     request = PlanOptions("weight-mse", parse_types(types), parse_floors(floors))
-    with TemporaryDirectory(prefix="mopeq-edge-") as folder:
 
-        def to_gguf(directory: Path, architecture: str) -> Path:
-            click.echo(
-                f"note: {directory}: no converter of ours knows {architecture}; llama.cpp's {SCRIPT} describes it",
-                err=True,
-            )
-            header_gguf(directory, Path(folder) / "header.gguf", pre=pre)
-            return Path(folder) / "header.gguf"
+    def note(directory: Path, architecture: str) -> None:
+        click.echo(
+            f"note: {directory}: no converter of ours knows {architecture}; llama.cpp's {SCRIPT} describes it", err=True
+        )
 
-        source = open_source(model, CONVERTERS, pre, to_gguf, keep_mtp=keep_mtp)
-        found = describe(source, request, options.CALIBRATION_NAME)
+    source = open_header(model, pre=pre, keep_mtp=keep_mtp, before_script=note)
+    found = describe(source, request, options.CALIBRATION_NAME)
     if as_json:
         print_json(found.as_dict())
         return

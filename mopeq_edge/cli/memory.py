@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mopeq_edge.memory.predict import Prediction
     from mopeq_edge.memory.settings import Settings
     from mopeq_edge.memory.verdict import Verdict
+    from mopeq_edge.source.model import Source
 
 _CACHE = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 
@@ -41,7 +42,7 @@ _CACHE = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"
 @click.option("--model", "source", type=FILE, help="The source of a plan.json.")
 @click.option("--memory", help="Judge for a device with so much memory, e.g. 8GiB (default: what is free here).")
 @click.option("--unified/--no-unified", default=None, help="Whether the GPU shares the memory (default: as here).")
-@options.pre_option
+@options.source_options
 @json_option
 def memory(
     model: Path,
@@ -63,6 +64,7 @@ def memory(
     memory: str | None,
     unified: bool | None,
     pre: str | None,
+    keep_mtp: bool,
     as_json: bool,
 ) -> None:
     """Predict the memory that MODEL takes in llama-server, by parts, and compare it with this device.
@@ -101,7 +103,7 @@ def memory(
         gpu_layers=ngl,
         threads=threads,
     )
-    found = replace(open_model(model, source, pre), name=os.fspath(model))
+    found = replace(open_model(model, source, pre, keep_mtp), name=os.fspath(model))
     vision = read_parts(mmproj) if mmproj is not None else ()
     cpu = this_cpu()
     prediction = predict(found, settings, cpu, vision)
@@ -120,11 +122,17 @@ def memory(
     _print(found, settings, prediction, device, verdict, levers, command)
 
 
-def open_model(path: Path, source: Path | None, pre: str | None) -> Model:
+def open_model(path: Path, source: Path | None, pre: str | None, keep_mtp: bool = False) -> Model:
     """The model of a GGUF, a plan or a directory; only headers are read."""
     from mopeq_edge.errors import SourceError
     from mopeq_edge.memory.model import model_of_gguf, model_of_plan, model_of_source
     from mopeq_edge.split import read_parts
+
+    def as_stored(directory: Path) -> Source:
+        # a GGUF needs no converters
+        from mopeq_edge.pipeline import open_header
+
+        return open_header(directory, pre=pre, keep_mtp=keep_mtp)
 
     if path.suffix == ".json":
         from mopeq_edge.plan.artifact import read_plan
@@ -135,30 +143,13 @@ def open_model(path: Path, source: Path | None, pre: str | None) -> Model:
         if source is None:
             raise SourceError(f"{path}: a plan does not say how the model is built; give its source with --model")
         plan = read_plan(path)
-        if source.is_dir():
-            return model_of_plan(plan, _open_directory(source, pre).kvs, str(path))
-        return model_of_plan(plan, read_parts(source)[0].kvs, str(path))
+        kvs = as_stored(source).kvs if source.is_dir() else read_parts(source)[0].kvs
+        return model_of_plan(plan, kvs if plan.expert_padding is None else plan.expert_padding.kvs(kvs), str(path))
     if source is not None:
         raise SourceError(f"{path}: --model is for a plan.json; leave it out")
     if path.is_dir():
-        return model_of_source(_open_directory(path, pre))
+        return model_of_source(as_stored(path))
     return model_of_gguf(read_parts(path))
-
-
-def _open_directory(path: Path, pre: str | None) -> Any:
-    from tempfile import TemporaryDirectory
-
-    from converters import CONVERTERS
-    from converters.by_script import header_gguf
-    from mopeq_edge.source.open import open_source
-
-    with TemporaryDirectory(prefix="mopeq-edge-") as folder:
-
-        def to_gguf(directory: Path, architecture: str) -> Path:
-            header_gguf(directory, Path(folder) / "header.gguf", pre=pre)
-            return Path(folder) / "header.gguf"
-
-        return open_source(path, CONVERTERS, pre, to_gguf)
 
 
 def _as_dict(

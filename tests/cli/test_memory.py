@@ -62,7 +62,8 @@ def plan(tiny_source: HuggingFaceSource, types: Types, gguf: Path) -> Path:
     path = gguf.with_name("plan.json")
     size = gguf.stat().st_size
     fields = ("fisher", "nats", None, size, 0, 0, 0, 0.0, 0.0, "gradient", (), "0" * 64)
-    write_plan(Plan(PER_EXPERT, KNAPSACK, *fields, tuple(tensors)), path)
+    n_weights = sum(t.n_weights for t in tiny_source.tensors)
+    write_plan(Plan(PER_EXPERT, KNAPSACK, *fields, tuple(tensors), n_weights), path)
     return path
 
 
