@@ -61,6 +61,7 @@ class ValidateRequest:
     n_ctx: int = 512
     n_chunks: int | None = None
     threads: int = 1
+    n_gpu_layers: int = 0
     source_gguf: Callable[[], Path] | None = None
     """Makes the GGUF of a source that is a directory: its vocabulary needs more than this module may."""
 
@@ -191,7 +192,7 @@ def _run(request: ValidateRequest, model: StoredModel, damaged: list[Check], pro
         if not len(tokens):
             raise MopeqError(f"{request.text}: has no tokens; give a longer text")
         with progress.step("Running llama.cpp", 1) as step:
-            run = run_llama(model.path, tokens, threads=request.threads)
+            run = run_llama(model.path, tokens, threads=request.threads, n_gpu_layers=request.n_gpu_layers)
             step.advance()
     except FormatError:
         raise

@@ -18,7 +18,7 @@ from mopeq_edge.device_report.document import is_report
 from mopeq_edge.errors import FormatError, MopeqError
 from mopeq_edge.gguf_file import GGUFHeader
 from mopeq_edge.runtime.locate import LIBRARY_VARIABLE
-from mopeq_edge.runtime.server import Server
+from mopeq_edge.runtime.server import Server, ServerError
 from mopeq_edge.split import read_parts
 from mopeq_edge.summary import Summary, summarise
 from runtime_tests.engines import Engines, Setup
@@ -106,6 +106,8 @@ def build(request: pytest.FixtureRequest) -> Build:
 def setup(
     request: pytest.FixtureRequest, model_path: Path, build: Build, summary: Summary, header: GGUFHeader
 ) -> Setup:
+    if summary.stacks and not build.runs_expert_groups:
+        pytest.skip("this llama.cpp does not run expert groups: see test_expert_groups_are_used")
     trained = header.get(f"{summary.architecture}.context_length")
     n_ctx = min(N_CTX, trained) if isinstance(trained, int) and trained > 0 else N_CTX
     option = request.config.getoption
@@ -134,6 +136,10 @@ def library(engines: Engines, binding_problem: str | None) -> Engines:
     """To open the model in this process, if the binding fits this llama.cpp."""
     if binding_problem is not None:
         pytest.skip(f"not from Python: {binding_problem}")
+    try:
+        engines.library()
+    except MopeqError:
+        pytest.skip("llama.cpp does not load the file: see test_the_library_takes_the_file")
     return engines
 
 
@@ -141,7 +147,10 @@ def library(engines: Engines, binding_problem: str | None) -> Engines:
 def server(engines: Engines, build: Build) -> Server:
     if build.tool("llama-server") is None:
         pytest.skip("this llama.cpp has no llama-server")
-    return engines.server()
+    try:
+        return engines.server()
+    except ServerError:
+        pytest.skip("llama-server does not start: see test_llama_server_starts")
 
 
 @pytest.fixture(scope="session")

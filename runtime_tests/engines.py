@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mopeq_edge.binding import UBATCH, LlamaModel
 from mopeq_edge.device_report.build import Build
 from mopeq_edge.errors import MopeqError
-from mopeq_edge.runtime.server import Server, ServerError, serving
+from mopeq_edge.runtime.server import Server, serving
 from runtime_tests.prompts import SLOTS
 
 
@@ -39,45 +41,41 @@ class Engines:
         self._stack = ExitStack()
         self._key: tuple[object, ...] = ()
         self._open: LlamaModel | Server | None = None
-        self._server_error: MopeqError | None = None
+        self._errors: dict[tuple[object, ...], MopeqError] = {}
 
     def library(self, *, plain: bool = False, n_batch: int = UBATCH) -> LlamaModel:
         """The model in this process; ``plain``: where one token and many are computed in nearly the same way."""
         key = ("library", plain, n_batch)
         if self._key != key:
-            self.close()
             setup = self._setup
-            self._open = self._stack.enter_context(
-                LlamaModel(
-                    setup.model,
-                    n_ctx=setup.n_ctx,
-                    n_batch=n_batch,
-                    n_threads=setup.n_threads,
-                    n_gpu_layers=setup.n_gpu_layers,
-                    plain=plain,
-                )
+            options: dict[str, Any] = {"n_threads": setup.n_threads, "n_gpu_layers": setup.n_gpu_layers}
+            self._start(
+                key, lambda: LlamaModel(setup.model, n_ctx=setup.n_ctx, n_batch=n_batch, plain=plain, **options)
             )
-            self._key = key
         assert isinstance(self._open, LlamaModel)
         return self._open
 
     def server(self) -> Server:
-        """llama-server with :data:`SLOTS` slots. What kept it from starting is raised again at once."""
-        if self._server_error is not None:
-            raise self._server_error
+        """llama-server with :data:`SLOTS` slots."""
         if self._key != ("server",):
-            self.close()
             program = self._setup.build.tool("llama-server")
             assert program is not None
-            arguments = self._setup.server_arguments(SLOTS)
-            try:
-                self._open = self._stack.enter_context(serving(program, arguments, self._folder / "llama-server.log"))
-            except ServerError as error:
-                self._server_error = error
-                raise
-            self._key = ("server",)
+            arguments, log = self._setup.server_arguments(SLOTS), self._folder / "llama-server.log"
+            self._start(("server",), lambda: serving(program, arguments, log))
         assert isinstance(self._open, Server)
         return self._open
+
+    def _start(self, key: tuple[object, ...], make: Callable[[], AbstractContextManager[LlamaModel | Server]]) -> None:
+        """What failed once is not tried again: the same error comes at once."""
+        self.close()
+        if key in self._errors:
+            raise self._errors[key]
+        try:
+            self._open = self._stack.enter_context(make())
+        except MopeqError as error:
+            self._errors[key] = error
+            raise
+        self._key = key
 
     def close(self) -> None:
         """Free whatever is open."""

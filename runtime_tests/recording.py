@@ -17,7 +17,6 @@ from mopeq_edge.device_report.machine import describe
 from mopeq_edge.errors import MopeqError
 from mopeq_edge.memory.device import Machine, this_machine
 from mopeq_edge.output_kvs import PLAN_KEY
-from mopeq_edge.runtime.per_expert import runs_expert_groups
 from mopeq_edge.split import read_parts
 from mopeq_edge.summary import summarise
 
@@ -115,7 +114,7 @@ def _llama_cpp(build: Build, machine: Machine, tests: tuple[TestResult, ...]) ->
         "binding": said.get("binding"),
         "backends": said.get("backends"),
         "devices": _devices(devices),
-        "runs_expert_groups": build.library is not None and runs_expert_groups(build.library),
+        "runs_expert_groups": build.runs_expert_groups,
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
 
 import pytest
 
@@ -11,7 +10,7 @@ from mopeq_edge.runtime.process import describe_exit
 from runtime_tests.engines import Engines, Setup
 
 
-def test_llama_cli_answers(setup: Setup, engines: Engines, record: Callable[..., None]) -> None:
+def test_llama_cli_answers(setup: Setup, engines: Engines) -> None:
     program = setup.build.tool("llama-cli")
     if program is None:
         pytest.skip("this llama.cpp has no llama-cli")
@@ -29,4 +28,3 @@ def test_llama_cli_answers(setup: Setup, engines: Engines, record: Callable[...,
     )
     assert done.returncode == 0, f"llama-cli {describe_exit(done.returncode)}: {done.stderr[-500:]}"
     assert "Hello" in done.stdout
-    record(output_characters_count=len(done.stdout))

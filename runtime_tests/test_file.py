@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from mopeq_edge.binding import library_version
 from mopeq_edge.device_report.build import Build
 from mopeq_edge.llama_cpp.bundle import STOCK
 from mopeq_edge.runtime.locate import find_runtime, tool
-from mopeq_edge.runtime.per_expert import runs_expert_groups
 from mopeq_edge.summary import Summary, experts_by_type, summarise
 from runtime_tests.engines import Engines, Setup
 
@@ -31,8 +31,6 @@ def test_the_library_takes_the_file(
         record(binding=f"not used: {binding_problem}")
         pytest.skip(binding_problem)
     assert binding_problem is None, binding_problem
-    from mopeq_edge.binding import library_version
-
     record(binding=library_version())
     assert engines.library().n_vocab > 0
 
@@ -41,9 +39,8 @@ def test_expert_groups_are_used(summary: Summary, build: Build, record: Record) 
     """A file with expert groups has no other tensors for its experts: what runs it uses the groups."""
     if not summary.stacks:
         pytest.skip("a stock file has no expert groups")
-    directory = build.library or build.tools
-    assert directory is not None
-    assert runs_expert_groups(directory), f"the llama.cpp in {directory} is not patched: mopeq-edge runtime patch"
+    assert build.runs_expert_groups, f"{build.tools or build.library} is not patched: mopeq-edge runtime patch DIR"
+    record(build=str((build.library or build.tools or Path()).parent.name))
     counts = experts_by_type(summary.stacks)
     record(groups_count=sum(len(stack.groups) for stack in summary.stacks), expert_matrices_count=sum(counts.values()))
     record(experts_by_type=", ".join(f"{count} {name}" for name, count in counts.items()))

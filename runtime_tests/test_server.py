@@ -29,6 +29,12 @@ Tokens = npt.NDArray[np.int32]
 Record = Callable[..., None]
 
 
+def test_llama_server_starts(engines: Engines, setup: Setup) -> None:
+    if setup.build.tool("llama-server") is None:
+        pytest.skip("this llama.cpp has no llama-server")
+    assert engines.server().complete([0], 1)["tokens_evaluated"] == 1
+
+
 @pytest.mark.parametrize("length", LENGTHS)
 def test_greedy_completion_is_the_same_twice(
     server: Server, tokens: Tokens, setup: Setup, length: int, record: Record

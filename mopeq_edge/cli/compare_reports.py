@@ -27,8 +27,7 @@ def compare_reports(first: Path, second: Path, as_json: bool) -> None:
     if as_json:
         print_json(found.as_dict())
     else:
-        if not found.same_file:
-            click.echo("The reports are of different files.")
+        click.echo("Both tested the same file." if found.same_file else "The reports are of different files.")
         for table in _tables(found, first.name, second.name):
             print_table(table)
         click.echo(_verdict(found))
@@ -38,7 +37,8 @@ def compare_reports(first: Path, second: Path, as_json: bool) -> None:
 
 def _tables(found: Comparison, first: str, second: str) -> list[Table]:
     tables = []
-    values = [v for v in found.values if v.first is not None or v.second is not None]
+    known = [v for v in found.values if v.first is not None or v.second is not None]
+    values = [v for v in known if v.differs or v.section not in ("model", "options")]
     rows = [(f"{v.section} {v.name}", _shown(v.first), _shown(v.second), "≠" if v.differs else "") for v in values]
     tables.append(_table("Device, llama.cpp, file", ("", first, second, ""), rows))
     if found.outcomes:
@@ -46,11 +46,11 @@ def _tables(found: Comparison, first: str, second: str) -> list[Table]:
             (o.name, _outcome(o.first, o.first_reason), _outcome(o.second, o.second_reason), "") for o in found.outcomes
         ]
         tables.append(_table("Tests with another outcome", ("test", first, second, ""), rows))
+    figures = [figure for figure in found.figures if figure.first != figure.second]
     if found.figures:
-        rows = [
-            (f"{_short(f.test)} {f.name}", _shown(f.first), _shown(f.second), _shown(f.ratio)) for f in found.figures
-        ]
-        tables.append(_table("Figures", ("", first, second, "ratio"), rows))
+        rows = [(f"{_short(f.test)} {f.name}", _shown(f.first), _shown(f.second), _shown(f.ratio)) for f in figures]
+        title = f"Figures; {len(found.figures) - len(figures)} more are the same in both"
+        tables.append(_table(title, ("", first, second, "ratio"), rows))
     if found.texts:
         rows = [
             (f"{_short(t.test)} {t.name}", t.first, t.second, f"{t.same_words} words the same") for t in found.texts

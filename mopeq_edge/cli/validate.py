@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("file", type=FILE)
+@click.argument("file", type=FILE, required=False)
+@click.option(
+    "--compare",
+    type=FILE,
+    nargs=2,
+    metavar="A.json B.json",
+    help="Put two reports of runtime_tests side by side instead.",
+)
 @click.option("--plan", type=FILE, help="plan.json that FILE was written from (default: the one in OUT.mopeq).")
 @click.option("--against", type=FILE, help="Checkpoint or GGUF that FILE was made from.")
 @click.option("--text", type=FILE, help="UTF-8 text to run FILE on (default: a few sentences).")
@@ -37,7 +44,8 @@ if TYPE_CHECKING:
 @click.option("--work-dir", type=FILE, help="Where plan and the source's logits are (default: FILE with .mopeq).")
 @json_option
 def validate(
-    file: Path,
+    file: Path | None,
+    compare: tuple[Path, Path] | None,
     plan: Path | None,
     against: Path | None,
     text: Path | None,
@@ -60,11 +68,13 @@ def validate(
     out and says so: see docs/validate.md. Needs neither torch nor transformers, unless SOURCE is a directory and a
     text is given.
 
-    A failed check is one line on stderr, the most specific first, and exit code 1.
+    A failed check is one line on stderr, the most specific first, and exit code 1. With --compare so is a test that
+    passed in one report of runtime_tests and failed in the other: see docs/device.md.
 
     \b
     Example:
       mopeq-edge validate out.gguf --against bf16.gguf --text held-out.txt
+      mopeq-edge validate --compare laptop.report.json orin.report.json
     """
     from mopeq_edge.cli.console import console_progress, print_json, print_table
     from mopeq_edge.cli.evaluate import resolve_source
@@ -73,6 +83,15 @@ def validate(
     from mopeq_edge.pipeline_validate import validate as validate_file
     from mopeq_edge.validate.measured import Thresholds
 
+    if compare is not None:
+        from mopeq_edge.cli.compare_reports import compare_reports
+
+        if file is not None:
+            raise MopeqError(f"{file}: --compare takes two reports and nothing else; leave it out")
+        compare_reports(*compare, as_json)
+        return
+    if file is None:
+        raise click.UsageError("Missing argument 'FILE'.")
     limits = Thresholds(max_kld, max_kld_p99_9, min_same_top)
     if limits != Thresholds() and (against is None or text is None):
         raise MopeqError("a threshold needs something to be measured: give --against SOURCE and --text FILE")

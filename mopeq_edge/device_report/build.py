@@ -19,6 +19,7 @@ from mopeq_edge.runtime.locate import (
     library_path,
     pinned_version,
 )
+from mopeq_edge.runtime.per_expert import knows_expert_groups, runs_expert_groups
 from mopeq_edge.runtime.process import describe_exit
 
 OPTION, INSTALLED, PACKAGE = "--llama-cpp", "runtime", "llama-cpp-python"
@@ -48,6 +49,13 @@ class Build:
         """The program, None if the build lacks it."""
         path = self.tools / (name + executable_suffix()) if self.tools is not None else None
         return path if path is not None and path.is_file() else None
+
+    @property
+    def runs_expert_groups(self) -> bool:
+        """Whether it is patched; without a shared library the programs show it."""
+        if self.library is not None:
+            return runs_expert_groups(self.library)
+        return any(program is not None and knows_expert_groups(program) for program in map(self.tool, LOOKED_FOR))
 
 
 def find_build(directory: Path | None) -> Build:

@@ -9,6 +9,9 @@ from typing import Any
 from mopeq_edge.device_report.document import FAILED, PASSED, Report, TestResult
 
 MISSING = "not run"
+SAID = ("_text", "_tokens")
+"""What the names of texts end in that the model said; the others are remarks."""
+
 SECTIONS = ("device", "llama_cpp", "model", "options")
 
 
@@ -123,7 +126,7 @@ def compare(first: Report, second: Report) -> Comparison:
             Text(x.name, name, x.texts[name], y.texts[name])
             for x, y in both
             for name in x.texts
-            if name in y.texts and x.texts[name] != y.texts[name]
+            if name.endswith(SAID) and name in y.texts and x.texts[name] != y.texts[name]
         ),
         all(first.model.get(name) == second.model.get(name) for name in identity),
     )

@@ -31,12 +31,17 @@ def groups_version(header: GGUFHeader) -> int | None:
 def runs_expert_groups(directory: Path) -> bool:
     """Whether the libllama in ``directory`` reads expert groups: then it has their key in its text."""
     try:
-        with (
-            library_path("llama", directory).open("rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text,
-        ):
+        return knows_expert_groups(library_path("llama", directory))
+    except RuntimeMissingError:
+        return False
+
+
+def knows_expert_groups(binary: Path) -> bool:
+    """The same of one file: libllama, or a program that it is linked into."""
+    try:
+        with binary.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
             return text.find(VERSION_KEY.encode()) >= 0
-    except (RuntimeMissingError, OSError, ValueError):
+    except (OSError, ValueError):
         return False
 
 

@@ -43,8 +43,8 @@ class LlamaRun:
     routed: Mapping[int, LlamaRouted]
 
 
-def run_llama(path: Path, tokens: Tokens, *, threads: int) -> LlamaRun:
-    """Run ``path`` plainly (F32 cache, no flash attention) on ``tokens`` [n_tokens], on the CPU.
+def run_llama(path: Path, tokens: Tokens, *, threads: int, n_gpu_layers: int = 0) -> LlamaRun:
+    """Run ``path`` plainly (F32 cache, no flash attention) on ``tokens`` [n_tokens].
 
     Raises :class:`MopeqError` if llama.cpp cannot.
     """
@@ -57,7 +57,9 @@ def run_llama(path: Path, tokens: Tokens, *, threads: int) -> LlamaRun:
 
     reader = NodeReader(_wanted, receive)
     n = len(tokens)
-    with LlamaModel(path, n_ctx=n, n_batch=n, n_threads=threads, plain=True, nodes=reader) as model:
+    with LlamaModel(
+        path, n_ctx=n, n_batch=n, n_threads=threads, n_gpu_layers=n_gpu_layers, plain=True, nodes=reader
+    ) as model:
         logits = model.logits(tokens)
         routed = {layer: _routed(nodes, n) for layer, nodes in sorted(found.items()) if CHOSEN in nodes}
         stepped = model.step_logits(tokens)
