@@ -113,8 +113,8 @@ def _margin(alone: dict[str, Any], together: dict[str, Any]) -> float | None:
     return rated[alone["tokens"][at]] - rated.get(together["tokens"][at], -np.inf)
 
 
-def test_its_probabilities_are_the_library_s(server: Server, library: Engines, tokens: Tokens, record: Record) -> None:
-    """Of the first token behind a prompt and of seven generated ones."""
+def test_its_probabilities_are_the_library_s(library: Engines, server: Server, tokens: Tokens, record: Record) -> None:
+    """Of the first token behind a prompt and of seven generated ones. What is asked for last is open: the server."""
     prompt = tokens[:64].tolist()
     answer = server.complete(prompt, 8, n_probs=N_PROBS, ignore_eos=True, return_tokens=True)
     # the library closes the server

@@ -77,8 +77,10 @@ def test_frameworks_stay_where_models_run() -> None:
 def test_what_checks_a_file_on_the_device_needs_no_framework() -> None:
     """By its own text, and in a process of its own by that of everything that it imports."""
     assert breaches({"torch", "transformers"}, ("converters/onnx_reference/",)) == []
-    code = "import sys; import converters.onnx_reference; assert not {'torch', 'transformers'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    suite = [f"runtime_tests.{path.stem}" for path in sorted((ROOT / "runtime_tests").glob("*.py"))]
+    for modules in (["converters.onnx_reference"], suite):
+        code = f"import sys, {', '.join(modules)}; assert not {{'torch', 'transformers'}} & set(sys.modules)"
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_opening_a_checkpoint_imports_no_torch(tiny_model: Path) -> None:
