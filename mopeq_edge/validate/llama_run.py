@@ -16,13 +16,13 @@ from mopeq_edge.graph_nodes import NodeReader
 
 Array = npt.NDArray[Any]
 
-LOGITS, CHOSEN = "ffn_moe_logits", "ffn_moe_topk"
-_LOGITS = (LOGITS, f"{LOGITS}_biased")
+CHOSEN, PROBS, OF_CHOSEN = "ffn_moe_topk", "ffn_moe_probs", "ffn_moe_weights_softmax"
+_LOGITS = ("ffn_moe_logits", "ffn_moe_logits_biased")
 _WEIGHTS = tuple(f"ffn_moe_weights{step}" for step in ("", "_softmax", "_norm", "_scaled"))
 """In the order in which a graph has them; the last one of a layer is what the experts' outputs are multiplied with."""
 
 _NODE = re.compile(r"^(\w+)-(\d+)$")
-_WANTED = frozenset((CHOSEN, *_LOGITS, *_WEIGHTS))
+_WANTED = frozenset((CHOSEN, PROBS, *_LOGITS, *_WEIGHTS))
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ def _wanted(name: str) -> bool:
 
 def _routed(nodes: Mapping[str, Array], n_tokens: int) -> LlamaRouted:
     weights = next(nodes[name] for name in reversed(_WEIGHTS) if name in nodes)
-    logits = next(nodes[name] for name in reversed(_LOGITS) if name in nodes)
+    # where the softmax goes over the chosen experts alone, the logits are the probabilities, and called so
+    names = (PROBS,) if OF_CHOSEN in nodes else _LOGITS[::-1]
+    logits = next(nodes[name] for name in names if name in nodes)
     ids = nodes[CHOSEN].reshape(n_tokens, -1)
     return LlamaRouted(ids, np.asarray(weights.reshape(n_tokens, -1), np.float32), logits.reshape(n_tokens, -1))

@@ -1,4 +1,4 @@
-"""Sound files raise no alarm: every family against its checkpoint, every type, padded experts, split files, no model."""
+"""Sound files raise no alarm: every family against its checkpoint, every type, padded experts."""
 
 from __future__ import annotations
 
