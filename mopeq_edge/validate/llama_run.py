@@ -48,12 +48,12 @@ def run_llama(path: Path, tokens: Tokens, *, threads: int) -> LlamaRun:
 
     Raises :class:`MopeqError` if llama.cpp cannot.
     """
-    found: dict[int, dict[str, Array]] = {}
+    found: dict[int, dict[str, list[Array]]] = {}
 
     def receive(name: str, values: Array) -> None:
         match = _NODE.match(name)
         if match is not None:
-            found.setdefault(int(match[2]), {})[match[1]] = values
+            found.setdefault(int(match[2]), {}).setdefault(match[1], []).append(values)
 
     reader = NodeReader(_wanted, receive)
     n = len(tokens)
@@ -69,7 +69,9 @@ def _wanted(name: str) -> bool:
     return match is not None and match[1] in _WANTED
 
 
-def _routed(nodes: Mapping[str, Array], n_tokens: int) -> LlamaRouted:
+def _routed(pieces: Mapping[str, list[Array]], n_tokens: int) -> LlamaRouted:
+    # a batch is computed in several graphs if it is long
+    nodes = {name: np.concatenate([values.reshape(-1) for values in own]) for name, own in pieces.items()}
     weights = next(nodes[name] for name in reversed(_WEIGHTS) if name in nodes)
     # where the softmax goes over the chosen experts alone, the logits are the probabilities, and called so
     names = (PROBS,) if OF_CHOSEN in nodes else _LOGITS[::-1]

@@ -104,9 +104,8 @@ def test_a_choice_that_no_tie_explains(model: Path, run: LlamaRun) -> None:
     wrong = replace(run, routed={**run.routed, 1: LlamaRouted(ids, theirs.weights, theirs.logits)})
     checks = check_routing(wrong, reference, EXACT)
     assert len(checks) == 1
-    assert (
-        "layer 1 (blk.1.ffn_gate_inp.weight): llama.cpp chooses other experts for 1 of 48 tokens" in checks[0].message
-    )
+    router = "layer 1 (blk.1.ffn_gate_inp.weight)"
+    assert checks[0].message.startswith(f"{router}: llama.cpp chooses other experts for 1 of 48 tokens")
     assert f"for token 17 {sorted(ids[17].tolist())}, ONNX {sorted(theirs.ids[17].tolist())}" in checks[0].message
     doubled = {**run.routed, 0: replace(run.routed[0], weights=2 * run.routed[0].weights)}
     checks = check_routing(replace(run, routed=doubled), reference, EXACT)
@@ -167,7 +166,7 @@ def test_given_routing_is_computed(model: Path) -> None:
 
 
 def test_tolerances_by_hand() -> None:
-    assert tolerance_of([F32, F16]).noise == GAIN * 0.0002
+    assert tolerance_of([F32, F16]).noise == GAIN * 0.00021
     assert tolerance_of([F32, BF16, BY_NAME["Q2_K"]]).noise == GAIN * 0.0094
     assert tolerance_of([F32]).kld(spread=3.0) == LEAST_KLD
     assert Tolerance(0.1).kld(spread=2.0) == pytest.approx(0.02)
