@@ -22,7 +22,8 @@ def router_graph(settings: Settings, correction: bool, given: bool = False) -> G
     highest; margins [n_tokens].
 
     ``correction``: whether the layer has a bias that takes part in the choice alone. ``given``: there is a second
-    input, ``given`` int64 [n_tokens, n_used], and the weights are those of these experts.
+    input, ``given`` int64 [n_tokens, n_used], the weights are those of these experts, and a fourth output has the
+    logits [n_tokens, n_expert].
     """
     graph, own = Graph("router"), settings.router
     x = graph.input("x", ("n_tokens", settings.n_embd))
@@ -54,6 +55,8 @@ def router_graph(settings: Settings, correction: bool, given: bool = False) -> G
     graph.output(ids, "ids", ("n_tokens", own.n_used), INT64)
     graph.output(weights, "weights", ("n_tokens", own.n_used))
     graph.output(graph.reshape(graph.add("Min", *margins), -1), "margins", ("n_tokens",))
+    if given:
+        graph.output(logits, "logits", ("n_tokens", own.n_expert))
     return graph
 
 

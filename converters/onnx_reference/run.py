@@ -42,13 +42,14 @@ class Routed:
     ``ids`` int32 and ``weights`` float32 [n_tokens, n_used]: the experts by their scores in the choice, from the
     highest, and what the outputs of ``used`` are multiplied with. ``margins`` float32 [n_tokens]: how far the choice is
     from another one, in logits or scores (:mod:`converters.onnx_reference.router` on ties). ``used``: the experts that
-    were computed, ``ids`` unless they were given.
+    were computed, ``ids`` unless they were given; only then there are ``logits`` float32 [n_tokens, n_expert].
     """
 
     ids: Ints
     weights: Floats
     margins: Floats
     used: Ints
+    logits: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,10 @@ def run_layer(
         more = {} if given is None else {"given": given[layer].astype(np.int64)}
         found = router_of(parts, weights, layer).run(weights, prefix, x=x, **more)
         ids = found[0].astype(np.int32)
-        chosen = Routed(ids, found[1], found[2], ids if given is None else given[layer])
+        if given is None:
+            chosen = Routed(ids, found[1], found[2], ids)
+        else:
+            chosen = Routed(ids, found[1], found[2], given[layer], found[3])
         total = np.zeros_like(x) if parts.shared is None else parts.shared.run(weights, prefix, x=x)[0]
         total = _add_experts(parts, weights, layer, x, total, chosen)
     return parts.join.run_with({"hidden": hidden, "sum": total})[0], chosen

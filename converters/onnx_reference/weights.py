@@ -39,17 +39,14 @@ class _Place:
 class Weights:
     """All tensors of a file, or of the files of a split one.
 
-    Raises :class:`FormatError` for expert groups that are broken, :class:`SourceError` for groups in a split file.
+    Raises :class:`FormatError` for expert groups that are broken.
     """
 
     def __init__(self, headers: Sequence[GGUFHeader]) -> None:
         self.path = headers[0].path
         self._places = {i.name: _place(header, i) for header in headers for i in header.tensors if not is_part(i.name)}
         self._experts: dict[str, tuple[tuple[_Place, int], ...]] = {}
-        part = next((i.name for header in headers[1:] for i in header.tensors if is_part(i.name)), None)
-        if part is not None:
-            raise SourceError(f"{self.path}: tensor '{part}': experts in groups in a split file, expected one file")
-        self._read_groups(headers[0])
+        self._read_groups(headers)
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
@@ -99,17 +96,17 @@ class Weights:
             ) from None
         return found
 
-    def _read_groups(self, header: GGUFHeader) -> None:
-        infos = {info.name: info for info in header.tensors}
-        for stack in read_groups(header):
+    def _read_groups(self, headers: Sequence[GGUFHeader]) -> None:
+        infos = {info.name: (header, info) for header in headers for info in header.tensors}
+        for stack in read_groups(*headers):
             experts: list[tuple[_Place, int] | None] = [None] * stack.shape[2]
             for g, group in enumerate(stack.groups):
-                place = _place(header, infos[group_name(stack.name, g)])
+                place = _place(*infos[group_name(stack.name, g)])
                 for row, expert in enumerate(group.experts):
                     experts[expert] = (place, row)
             self._experts[stack.name] = tuple(found for found in experts if found is not None)
             # the type is never looked at: every expert has its own
-            self._places[stack.name] = _Place(header.path, 0, stack.groups[0].type, stack.shape)
+            self._places[stack.name] = _Place(headers[0].path, 0, stack.groups[0].type, stack.shape)
 
 
 def _place(header: GGUFHeader, info: TensorInfo) -> _Place:

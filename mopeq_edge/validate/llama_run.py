@@ -16,13 +16,13 @@ from mopeq_edge.graph_nodes import NodeReader
 
 Array = npt.NDArray[Any]
 
-LOGITS, CHOSEN = "ffn_moe_logits", "ffn_moe_topk"
-_LOGITS = (LOGITS, f"{LOGITS}_biased")
+CHOSEN, PROBS, OF_CHOSEN = "ffn_moe_topk", "ffn_moe_probs", "ffn_moe_weights_softmax"
+_LOGITS = ("ffn_moe_logits", "ffn_moe_logits_biased")
 _WEIGHTS = tuple(f"ffn_moe_weights{step}" for step in ("", "_softmax", "_norm", "_scaled"))
 """In the order in which a graph has them; the last one of a layer is what the experts' outputs are multiplied with."""
 
 _NODE = re.compile(r"^(\w+)-(\d+)$")
-_WANTED = frozenset((CHOSEN, *_LOGITS, *_WEIGHTS))
+_WANTED = frozenset((CHOSEN, PROBS, *_LOGITS, *_WEIGHTS))
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ def run_llama(path: Path, tokens: Tokens, *, threads: int, n_gpu_layers: int = 0
 
     Raises :class:`MopeqError` if llama.cpp cannot.
     """
-    found: dict[int, dict[str, Array]] = {}
+    found: dict[int, dict[str, list[Array]]] = {}
 
     def receive(name: str, values: Array) -> None:
         match = _NODE.match(name)
         if match is not None:
-            found.setdefault(int(match[2]), {})[match[1]] = values
+            found.setdefault(int(match[2]), {}).setdefault(match[1], []).append(values)
 
     reader = NodeReader(_wanted, receive)
     n = len(tokens)
@@ -71,8 +71,12 @@ def _wanted(name: str) -> bool:
     return match is not None and match[1] in _WANTED
 
 
-def _routed(nodes: Mapping[str, Array], n_tokens: int) -> LlamaRouted:
+def _routed(pieces: Mapping[str, list[Array]], n_tokens: int) -> LlamaRouted:
+    # a batch is computed in several graphs if it is long
+    nodes = {name: np.concatenate([values.reshape(-1) for values in own]) for name, own in pieces.items()}
     weights = next(nodes[name] for name in reversed(_WEIGHTS) if name in nodes)
-    logits = next(nodes[name] for name in reversed(_LOGITS) if name in nodes)
+    # where the softmax goes over the chosen experts alone, the logits are the probabilities, and called so
+    names = (PROBS,) if OF_CHOSEN in nodes else _LOGITS[::-1]
+    logits = next(nodes[name] for name in names if name in nodes)
     ids = nodes[CHOSEN].reshape(n_tokens, -1)
     return LlamaRouted(ids, np.asarray(weights.reshape(n_tokens, -1), np.float32), logits.reshape(n_tokens, -1))

@@ -24,11 +24,14 @@ LOGITS, ROUTING, STEPS = "logits", "routing", "token by token"
 SHOWN = 8
 """Layers that get a line each."""
 
+_LEAST_MARGIN = 1e-5
+"""What scores in float32 may differ by although the logits do not: the order of sums in a softmax."""
+
 Array = npt.NDArray[Any]
 
 
 class Routed(Protocol):
-    """One layer of the reference: its own choice, the weights of the experts in ``used``, margins of the choice."""
+    """One layer of the reference: its own choice, the weights of llama.cpp's, margins of its own, the logits."""
 
     @property
     def ids(self) -> npt.NDArray[np.int32]: ...
@@ -38,6 +41,9 @@ class Routed(Protocol):
 
     @property
     def margins(self) -> Floats: ...
+
+    @property
+    def logits(self) -> Floats | None: ...
 
 
 class Reference(Protocol):
@@ -52,10 +58,13 @@ class Reference(Protocol):
 
 @dataclass(frozen=True)
 class _Layer:
-    """Tokens whose experts differ: in a tie, and beyond one; the largest difference of weights over its tolerance."""
+    """Tokens whose experts differ: in a tie, and beyond one; RMS difference of logits over their spread; largest
+    difference of weights over its tolerance.
+    """
 
     ties: int
     wrong: list[int]
+    noise: float
     weights: float
 
 
@@ -87,19 +96,25 @@ def check_routing(run: LlamaRun, reference: Reference, tolerance: Tolerance) -> 
     ]
     n_tokens = len(run.logits)
     for layer, found in layers.items():
-        if found.wrong:
+        where = f"layer {layer}"
+        if found.noise > tolerance.noise:
+            message = f"{where} (blk.{layer}.ffn_gate_inp.weight): the router's logits are off by {found.noise:.2g} "
+            message += f"of their spread in RMS; {tolerance.noise:.2g} is what rounding can make"
+            checks.append(Check(ROUTING, where, found.noise, tolerance.noise, False, message, Names.TENSOR))
+        elif found.wrong:
             checks.append(_wrong(layer, run.routed[layer], reference.routed[layer], found.wrong, n_tokens))
         elif found.weights > 1:
-            message = f"layer {layer} (blk.{layer}.ffn_gate_inp.weight): llama.cpp weighs the same experts otherwise"
-            looked_at = f"layer {layer}"
-            checks.append(Check(ROUTING, looked_at, found.weights, 1, False, message, Names.TENSOR))
+            message = f"{where} (blk.{layer}.ffn_gate_inp.weight): llama.cpp weighs the same experts otherwise"
+            checks.append(Check(ROUTING, where, found.weights, 1, False, message, Names.TENSOR))
     if len(checks) > SHOWN:
         message = f"{len(checks) - SHOWN} layers more are routed otherwise"
         checks = [*checks[:SHOWN], Check(ROUTING, "layers", len(checks), 0, False, message)]
     ties = sum(found.ties for found in layers.values())
     total = n_tokens * len(layers)
     share = 1 - ties / total if total else 1.0
-    message = f"the same experts in {total - ties} of {total} choices, the others are ties"
+    noise = max((found.noise for found in layers.values()), default=0.0)
+    message = f"the same experts in {total - ties} of {total} choices, the others are ties; logits of a layer off by "
+    message += f"{noise:.1e} of their spread at most"
     return checks or [Check(ROUTING, plural(len(layers), "layer"), share, None, True, message)]
 
 
@@ -121,14 +136,21 @@ def _compared(name: str, looked_at: str, base: Floats, other: Floats, tokens: To
 
 
 def _layer(theirs: LlamaRouted, ours: Routed, tolerance: Tolerance) -> _Layer:
-    """``theirs``: llama.cpp's."""
-    noise = tolerance.noise * float(theirs.logits.std())
+    """``theirs``: llama.cpp's.
+
+    A choice may turn where its margin is no larger than what two logits of the token differ by; scores differ by less.
+    """
+    if ours.logits is None:
+        raise ValueError("a reference that was not given llama.cpp's choice of experts")
+    off = np.abs(theirs.logits - ours.logits)
+    spread = float(ours.logits.std())
     differs = (np.sort(theirs.ids, axis=1) != np.sort(ours.ids, axis=1)).any(axis=1)
-    wrong = np.flatnonzero(differs & (ours.margins > noise))
-    # the weights of both are of the experts that llama.cpp chose, in its order
-    off = float(np.abs(theirs.weights - ours.weights).max())
-    allowed = noise * float(np.abs(ours.weights).max())
-    return _Layer(int(differs.sum()) - len(wrong), wrong.tolist(), off / allowed if allowed else 0.0)
+    wrong = np.flatnonzero(differs & (ours.margins > 2 * off.max(axis=1) + _LEAST_MARGIN * spread))
+    noise = float(np.sqrt(np.square(off).mean())) / spread if spread else 0.0
+    # the weights of both are of the experts that llama.cpp chose, in its order; no score moves faster than its logit
+    most = float(np.abs(ours.weights).max()) * (2 * off.max(axis=1, keepdims=True) + _LEAST_MARGIN)
+    apart = float((np.abs(theirs.weights - ours.weights) / most).max())
+    return _Layer(int(differs.sum()) - len(wrong), wrong.tolist(), noise, apart)
 
 
 def _wrong(layer: int, theirs: LlamaRouted, ours: Routed, tokens: list[int], n_tokens: int) -> Check:

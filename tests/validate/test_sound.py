@@ -1,4 +1,4 @@
-"""Sound files raise no alarm: every family against its checkpoint, every type, padded experts, split files, no model."""
+"""Sound files raise no alarm: every family against its checkpoint, every type, padded experts, split files."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from click.testing import CliRunner
 
 from converters import CONVERTERS
 from mopeq_edge.cli import cli
+from mopeq_edge.emit import emit
+from mopeq_edge.ggml.library import load_ggml
 from mopeq_edge.ggml.types import BY_NAME, F32, QUANTIZABLE, GgmlType
+from mopeq_edge.progress import SilentProgress
 from mopeq_edge.source.model import Source
 from mopeq_edge.source.open import open_source
 from mopeq_edge.source.padded import PaddedSource, expert_padding
+from mopeq_edge.split import read_parts
 
 from ..builders import build_olmoe, write_gguf, write_quantized_gguf
 from ..converters.onnx_reference.test_families import FAMILY
@@ -106,6 +110,42 @@ def test_padded_experts(tmp_path: Path, form: str, kinds: tuple[str, ...]) -> No
     assert passed(validate(tmp_path / "out.gguf")) == alone
 
 
+@pytest.mark.parametrize("form", ["stock", "groups"])
+def test_split_files(tmp_path: Path, form: str) -> None:
+    """Of which no one has all of the experts."""
+    directory = build_olmoe(tmp_path / "model", ff=512)
+    source = open_source(directory, CONVERTERS, pre="gpt-2")
+    types: dict[str, Any] = {t.name: GROUPS if form == "groups" else t.type for t in source.tensors if t.projection}
+    every = {t.name: types.get(t.name, t.type) for t in source.tensors}
+    progress = SilentProgress()
+    path, ggml = tmp_path / "out.gguf", load_ggml()
+    emit(source, every, source.kvs, None, ggml, path, threads=1, progress=progress, split_bytes=600_000)
+    first = min(tmp_path.glob("out-*.gguf"))
+    assert len(read_parts(first)) > 3
+    assert passed(validate(first, "--against", directory)) == EVERY_CHECK
+
+
+def test_blocks_that_predict_further_tokens(tmp_path: Path) -> None:
+    """A file that keeps them is compared with all that the checkpoint has."""
+    directory = FAMILY["deepseek-v3"][0](tmp_path / "model", "bfloat16")
+    source = open_source(directory, CONVERTERS, pre="gpt-2", keep_mtp=True)
+    assert any(tensor.mtp for tensor in source.tensors)
+    write_gguf(source, tmp_path / "out.gguf")
+    assert passed(validate(tmp_path / "out.gguf", "--against", directory)) == EVERY_CHECK
+
+
+@pytest.mark.parametrize("tokens", [2, 600])
+def test_few_and_many_tokens(wide: Path, tmp_path: Path, evaluation_text: str, tokens: int) -> None:
+    """More than llama.cpp computes in one graph; the text comes from a file."""
+    path, text = tmp_path / "out.gguf", tmp_path / "text.txt"
+    write_gguf(open_source(wide, CONVERTERS, pre="gpt-2"), path)
+    text.write_text(evaluation_text[:20_000], encoding="utf-8")
+    checks = validate(path, "--text", text, "--tokens", tokens)
+    assert passed(checks) >= {"logits", "routing", "token by token"}
+    assert f"in {tokens} of {tokens} choices" in checks["routing"]["message"] or tokens == 600
+    assert checks["runs"]["looked_at"] == f"{tokens} tokens"
+
+
 def test_experts_that_are_zeros_in_the_source(tmp_path: Path) -> None:
     """A pruned expert: an alarm, unless the source says that it is meant."""
     from safetensors.torch import load_file, save_file
@@ -150,6 +190,8 @@ def test_no_framework_is_loaded(tmp_path: Path) -> None:
 import sys
 from click.testing import CliRunner
 from mopeq_edge.cli import cli
+from mopeq_edge.emit import emit
+from mopeq_edge.ggml.library import load_ggml
 done = CliRunner().invoke(cli, ["validate", {str(made.file)!r}, "--against", {str(made.source)!r}, "--threads", "1"])
 assert done.exit_code == 0, done.output
 assert "logits           passed" in done.stdout and "weights          passed" in done.stdout, done.stdout
