@@ -208,7 +208,7 @@ def test_impossible_budget_states_the_minimum(
 )
 def test_exactly_one_budget(model: Path, out: Path, refused: Refused, args: tuple[object, ...], found: str) -> None:
     said = refused("convert", model, out, *args)
-    assert "give exactly one of --target-gb (1e9 bytes), --target-gib (2^30 bytes) and --target-bpw" in said
+    assert "give exactly one of --target-gb (1e9 bytes), --target-gib (2^30 bytes), --target-bpw and --fits" in said
     assert said.endswith(found)
 
 
