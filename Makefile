@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BUDGET_GB ?= 0.0085
+# a process for each core, with one thread each in torch
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 .PHONY: setup runtime stock demo test unit check format table clean
 
@@ -43,10 +45,10 @@ check: $(READY)
 	$(BIN)/mypy
 
 test: runtime stock check
-	$(BIN)/pytest
+	$(PYTEST)
 
 unit: $(READY)
-	$(BIN)/pytest -m "not runtime"
+	$(PYTEST) -m "not runtime"
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

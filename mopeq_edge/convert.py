@@ -32,6 +32,7 @@ from mopeq_edge.pipeline_calibrate import (
     load_traces,
     run_calibrate,
 )
+from mopeq_edge.pipeline_fits import Fit, FitsRequest, first_budget, run_plan_that_fits
 from mopeq_edge.plan.artifact import Plan
 from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.forecast import Forecast
@@ -66,6 +67,8 @@ class ConvertRequest:
     evaluation_text: Path | None = None
     evaluate: bool = True
     force: bool = False
+    fits: FitsRequest | None = None
+    """In the place of a budget: what the file has to run in."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ class Converted:
     evaluation: Evaluation | None
     forecast: Forecast | None = None
     """What the other layout would bring; None for the paper's planner."""
+    fit: Fit | None = None
+    """The memory that the file was planned for."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values with units in their names."""
@@ -114,6 +119,7 @@ class Converted:
             "optimality_gap": self.plan.gap,
             "output": self.files[0].name,
             "output_files": len(self.files),
+            "fits": self.fit.as_dict() if self.fit is not None else None,
             "forecast": self.forecast.as_dict() if self.forecast is not None else None,
             "plan_sha256": self.plan.sha256,
             "planner": self.plan.planner,
@@ -148,13 +154,18 @@ def convert(context: Context, request: ConvertRequest) -> Converted:
         raise PlanError(
             f"{context.source.path}: no text to validate on; give --eval-text FILE, or --no-evaluate to skip that"
         )
-    check_budget(context, request.calibration, request.budget, request.options)
+    budget = request.budget if request.fits is None else first_budget(context, request.fits)
+    check_budget(context, request.calibration, budget, request.options)
     calibrated = run_calibrate(context, request.calibration)
     require_scores([request.options.sensitivity], calibrated.statistics)
     kind = _first_kind(request, calibrated.statistics)
     table = run_sensitivity(context, calibrated, request.options.types, kind, request.sample_rows)
-    plan = run_plan(context, table, calibrated.statistics, request.budget, request.options)
-    comparison = run_forecast(context, table, calibrated.statistics, request.budget, request.options, plan)
+    fit: Fit | None = None
+    if request.fits is None:
+        plan = run_plan(context, table, calibrated.statistics, budget, request.options)
+    else:
+        plan, fit, budget = run_plan_that_fits(context, table, calibrated.statistics, request.fits, request.options)
+    comparison = run_forecast(context, table, calibrated.statistics, budget, request.options, plan)
     measure = _measure(context, request) if request.evaluate else None
     choice = _choose(context, request, calibrated, plan, kind, digest(words), measure)
     split = request.options.split_bytes
@@ -169,6 +180,7 @@ def convert(context: Context, request: ConvertRequest) -> Converted:
         table.relative_error(plan.sensitivity),
         evaluation,
         comparison,
+        fit,
     )
     write_json(context.work.file("validation.json"), VALIDATION_FORMAT, VERSION, result.as_dict())
     return result

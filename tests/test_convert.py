@@ -290,7 +290,19 @@ def test_threads_and_a_fresh_work_directory_change_no_byte(tmp_path: Path) -> No
         shutil.copytree(model, place)
         out, work = place.parent / "out.gguf", place.parent / "work"
         types = ("--types", "IQ2_XXS,Q2_K,IQ3_S,Q4_K,Q6_K", "--sample-rows", 40)
-        options = ("--target-bpw", 5.5, "--ctx", 64, "--chunks", 7, "--threads", threads, "--work-dir", work, "--json")
+        options = (
+            "--target-bpw",
+            5.5,
+            "--window",
+            64,
+            "--chunks",
+            7,
+            "--threads",
+            threads,
+            "--work-dir",
+            work,
+            "--json",
+        )
         found = printed(invoke("convert", place, out, *options, *types))
         assert found["file_bytes"] == out.stat().st_size <= found["budget_bytes"]
         names = [*MEASURED, "plan.json", "imatrix-choice.json", "validation.json", "stages.json", "held-out.txt"]

@@ -55,7 +55,7 @@ def test_convert(
     model, out, work = build_deepseek_v2(tmp_path / "model", "bfloat16", **WIDE), tmp_path / "o.gguf", tmp_path / "work"
     text = tmp_path / "text.txt"
     text.write_text(calibration_text[:20_000], encoding="utf-8")
-    options = ["--text", text, "--chunks", 4, "--ctx", 64, "--threads", 2, "--pre", "gpt-2", "--sample-rows", 8]
+    options = ["--text", text, "--chunks", 4, "--window", 64, "--threads", 2, "--pre", "gpt-2", "--sample-rows", 8]
     budget = ["--target-bpw", 5, "--types", types, "--layout", layout, "--work-dir", work, "--json"]
     result = invoke("convert", model, out, *budget, *options)
 
@@ -106,7 +106,7 @@ def test_the_imatrix_of_llama_imatrix(tmp_path: Path, calibration_text: str) -> 
     gguf, theirs = tmp_path / "f32.gguf", tmp_path / "theirs.gguf"
     write_gguf(open_source(model, CONVERTERS, pre="gpt-2"), gguf)
     run_tool("llama-imatrix", ["-m", gguf, "-f", text, "-o", theirs, "-c", "64", "--chunks", "2", "--no-ppl"])
-    invoke("calibrate", gguf, "--text", text, "--chunks", 2, "--ctx", 64, "--work-dir", tmp_path / "a", "--json")
+    invoke("calibrate", gguf, "--text", text, "--chunks", 2, "--window", 64, "--work-dir", tmp_path / "a", "--json")
     invoke("calibrate", model, "--imatrix", theirs, "--work-dir", tmp_path / "b", "--pre", "gpt-2", "--json")
     name = "blk.1.attn_k_b.weight"
     whole = read_imatrix(theirs).entries[name].sums.reshape(-1)

@@ -87,7 +87,7 @@ def types_in(out: Path) -> dict[tuple[int, int], set[str]]:
 
 def options(work: Path) -> tuple[object, ...]:
     types = ("--types", "Q2_K,Q3_K,Q4_K,Q6_K", "--sample-rows", 40, "--no-fisher")
-    return ("--work-dir", work, "--ctx", 64, "--chunks", 4, "--no-evaluate", "--json", "--planner", "mopeq", *types)
+    return ("--work-dir", work, "--window", 64, "--chunks", 4, "--no-evaluate", "--json", "--planner", "mopeq", *types)
 
 
 def test_from_the_checkpoint_to_the_file(model: Path, tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_from_the_checkpoint_to_the_file(model: Path, tmp_path: Path) -> None:
 
 def test_plan_says_what_was_asked_and_what_the_map_is(model: Path, tmp_path: Path) -> None:
     work = ("--work-dir", tmp_path / "work")
-    assert invoke("calibrate", model, *work, "--ctx", 64, "--chunks", 4, "--no-fisher").exception is None
+    assert invoke("calibrate", model, *work, "--window", 64, "--chunks", 4, "--no-fisher").exception is None
     assert invoke("sensitivity", model, *work, "--types", "k", "--sample-rows", 40).exception is None
     plan = ("plan", model, *work, "--types", "k")
     free = printed(invoke(*plan, "--planner", "mopeq", "--json"))["file_bytes"]

@@ -64,7 +64,7 @@ def work(model: Path, tmp_path_factory: pytest.TempPathFactory, calibration_text
     text = directory / "text.txt"
     text.write_text(calibration_text[:20_000], encoding="utf-8")
     common = [*COMMON, "--work-dir", directory]
-    invoke("calibrate", model, "--text", text, "--chunks", 4, "--ctx", 64, "--no-fisher", *common)
+    invoke("calibrate", model, "--text", text, "--chunks", 4, "--window", 64, "--no-fisher", *common)
     invoke("sensitivity", model, *TYPES, *common)
     write_gguf(open_source(model, CONVERTERS, pre="gpt-2"), directory / "source.gguf")
     return directory

@@ -266,7 +266,7 @@ def test_from_split_to_split(theirs: Path, tmp_path: Path) -> None:
 
     out, work = tmp_path / "out.gguf", ("--work-dir", tmp_path / "work", "--threads", 2, "--json")
     asked = ("--target-gb", 0.008, "--types", "Q3_K,Q5_K")
-    options = ("--text", EXAMPLE_TEXT, "--ctx", 64, "--chunks", 2, "--sample-rows", 4)
+    options = ("--text", EXAMPLE_TEXT, "--window", 64, "--chunks", 2, "--sample-rows", 4)
     found = run("convert", theirs, out, *asked, "--split-max-size", "3M", *options, *work)
     parts = part_paths(out, found["output_files"])
     assert len(parts) >= 3

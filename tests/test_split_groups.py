@@ -283,7 +283,7 @@ def test_the_commands(tiny_model: Path, tmp_path: Path) -> None:
         return json.loads(done.stdout)
 
     work = ("--work-dir", tmp_path / "work", "--threads", 2, "--json")
-    options = ("--text", EXAMPLE_TEXT, "--ctx", 64, "--chunks", 2, "--sample-rows", 4, "--no-fisher")
+    options = ("--text", EXAMPLE_TEXT, "--window", 64, "--chunks", 2, "--sample-rows", 4, "--no-fisher")
     split = ("--types", "Q2_K,Q3_K,Q4_K", "--split-max-size", "1200K")
     knapsack = ("--layout", "per-expert", "--target-gb", 0.007)
     out = tmp_path / "out.gguf"

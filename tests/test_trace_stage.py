@@ -20,7 +20,7 @@ from .builders import build_olmoe
 
 pytestmark = pytest.mark.runtime
 
-CALIBRATION = ("--ctx", 32, "--chunks", 3, "--pre", "gpt-2")
+CALIBRATION = ("--window", 32, "--chunks", 3, "--pre", "gpt-2")
 UP = "blk.1.ffn_up_exps.weight"
 
 

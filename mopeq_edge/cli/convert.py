@@ -61,7 +61,7 @@ def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Conver
     from mopeq_edge.pipeline import open_context
     from mopeq_edge.split import check_parts
 
-    budget, plan = options.budget(given), options.plan_request(given)
+    budget, fits, plan = options.budget(given), options.fits_request(given), options.plan_request(given)
     work = options.work_directory_of_output(given["work_dir"], out)
     text = options.calibration_text(model, given["text"], given["imatrix"])
     evaluation_text, evaluate = given["eval_text"], not given["no_evaluate"]
@@ -91,7 +91,7 @@ def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Conver
         text,
         words,
         imatrix=given["imatrix"],
-        ctx=given["ctx"],
+        window=given["window"],
         chunks=given["chunks"],
         fisher=given["fisher"],
         seed=given["seed"],
@@ -113,6 +113,7 @@ def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Conver
             evaluation_text=evaluation_text,
             evaluate=evaluate,
             force=given["force"],
+            fits=fits,
         ),
     )
 
@@ -147,6 +148,8 @@ def _table(result: Converted) -> Any:
             ("PPL", f"{d.ppl_target:.4f}, source {d.ppl_base:.4f}"),
             ("measured on", f"{d.n_positions} held-out tokens, {evaluation.library}"),
         ]
+    if result.fit is not None:
+        rows.append(("memory", result.fit.sentence()))
     if result.forecast is not None:
         rows.append(("layouts", result.forecast.sentence()))
     return rows_table(str(result.files[0]), rows)

@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from mopeq_edge.memory.verdict import Verdict
     from mopeq_edge.source.model import Source
 
-_CACHE = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
-
 
 @click.command()
 @click.argument("model", type=FILE)
 @click.option("--ctx", type=click.IntRange(min=0), default=0, help="Context (default: the model's own).")
 @click.option("--parallel", type=click.IntRange(min=1), help="Slots (default: 4 that share the context).")
 @click.option("--kv-unified", is_flag=True, help="The slots of --parallel share the context.")
-@click.option("--cache-type", type=click.Choice(_CACHE), default="f16", show_default=True, help="Type of K and V.")
-@click.option("--cache-type-v", type=click.Choice(_CACHE), help="Type of V, if another.")
+@click.option(
+    "--cache-type", type=click.Choice(options.CACHE_TYPES), default="f16", show_default=True, help="Type of K and V."
+)
+@click.option("--cache-type-v", type=click.Choice(options.CACHE_TYPES), help="Type of V, if another.")
 @click.option("--batch", type=click.IntRange(min=1), default=2048, show_default=True, help="llama.cpp's --batch-size.")
 @click.option("--ubatch", type=click.IntRange(min=1), default=512, show_default=True, help="llama.cpp's --ubatch-size.")
 @click.option("--ngl", type=click.IntRange(min=0), default=0, show_default=True, help="Layers on the GPU.")

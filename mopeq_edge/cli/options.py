@@ -12,8 +12,12 @@ from mopeq_edge.cli.console import FILE
 
 if TYPE_CHECKING:
     from mopeq_edge.pipeline_calibrate import CalibrationRequest
+    from mopeq_edge.pipeline_fits import FitsRequest
     from mopeq_edge.plan.budget import Budget
     from mopeq_edge.plan.options import PlanOptions
+
+CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
+"""llama.cpp's, of the KV cache."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -51,7 +55,7 @@ source_options = _stack(
 calibration_options = _stack(
     click.option("--text", type=FILE, help="Text to calibrate on (default: calibration.txt in MODEL)."),
     click.option("--imatrix", type=FILE, help="Use this imatrix of llama-imatrix instead of calibrating."),
-    click.option("--ctx", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of one window."),
+    click.option("--window", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of one window."),
     click.option(
         "--chunks", type=click.IntRange(min=1), default=128, show_default=True, help="Windows to read, at most."
     ),
@@ -87,7 +91,15 @@ budget_options = _stack(
     click.option("--target-gb", type=float, help="Largest file, in GB (1e9 bytes)."),
     click.option("--target-gib", type=float, help="Largest file, in GiB (2^30 bytes)."),
     click.option("--target-bpw", type=float, help="Most bits per weight, as llama.cpp counts them."),
+    click.option("--fits", help="Instead: memory that llama.cpp may take with the next options, e.g. 6GiB."),
+    click.option("--ctx", type=click.IntRange(min=1), help="--fits: tokens of context."),
+    click.option("--parallel", type=click.IntRange(min=1), help="--fits: llama-server's slots (default: 1)."),
+    click.option("--cache-type", type=click.Choice(CACHE_TYPES), help="--fits: type of K and V (default: f16)."),
+    click.option("--ngl", type=click.IntRange(min=0), help="--fits: layers on a GPU that shares the memory."),
 )
+
+_FITS = ("ctx", "parallel", "cache_type", "ngl")
+"""Options that belong to ``--fits``."""
 
 plan_options = _stack(
     click.option(
@@ -147,13 +159,44 @@ measure_options = _stack(
 
 
 def budget(given: Mapping[str, Any]) -> Budget | None:
-    """What the ``--target-…`` options ask for; None only where the planner needs none."""
+    """What the ``--target-…`` options ask for; None with ``--fits`` and where the planner needs none."""
+    from mopeq_edge.errors import PlanError
     from mopeq_edge.plan.budget import Budget
 
     targets = [given[name] for name in ("target_gb", "target_gib", "target_bpw")]
-    if given["planner"] == "mopeq" and targets == [None] * 3:
+    if given["fits"] is None:
+        for name in _FITS:
+            if given[name] is not None:
+                option = name.replace("_", "-")
+                raise PlanError(f"--{option} {given[name]}: belongs to --fits; add --fits SIZE, or leave it out")
+    elif targets != [None] * 3:
+        raise PlanError("--fits: takes the place of --target-gb, --target-gib and --target-bpw; give one of them")
+    if targets == [None] * 3 and (given["fits"] is not None or given["planner"] == "mopeq"):
         return None
     return Budget(*targets)
+
+
+def fits_request(given: Mapping[str, Any]) -> FitsRequest | None:
+    """What ``--fits`` and its options ask for; None without. Raises :class:`PlanError` for no context."""
+    from mopeq_edge.errors import PlanError
+    from mopeq_edge.memory import settings
+    from mopeq_edge.memory.verdict import parse_memory
+    from mopeq_edge.pipeline_fits import FitsRequest
+
+    if given["fits"] is None:
+        return None
+    if given["ctx"] is None:
+        raise PlanError(f"--fits {given['fits']}: expected the context that it has to hold, found none; give --ctx N")
+    kind = settings.CACHE_TYPES[given["cache_type"] or "f16"]
+    wanted = settings.Settings(
+        ctx=given["ctx"],
+        parallel=given["parallel"] or 1,
+        cache_type_k=kind,
+        cache_type_v=kind,
+        gpu_layers=given["ngl"] or 0,
+        threads=given["threads"],
+    )
+    return FitsRequest(parse_memory(given["fits"]), wanted)
 
 
 def plan_request(given: Mapping[str, Any]) -> PlanOptions:
@@ -211,7 +254,7 @@ def calibration_request(
     words: str,
     *,
     imatrix: Path | None,
-    ctx: int,
+    window: int,
     chunks: int,
     fisher: bool | None,
     seed: int,
@@ -225,7 +268,7 @@ def calibration_request(
     wanted = has_gradients if fisher is None else fisher
     name = text.name if text is not None else ""
     traces = TraceRequest(trace_chunks, probes) if trace else None
-    return CalibrationRequest(words, name, ctx, chunks, wanted and imatrix is None, seed, imatrix, traces)
+    return CalibrationRequest(words, name, window, chunks, wanted and imatrix is None, seed, imatrix, traces)
 
 
 def work_directory(work_dir: Path | None, model: Path) -> Path:

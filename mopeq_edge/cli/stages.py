@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mopeq_edge.pipeline import Context
     from mopeq_edge.pipeline_calibrate import Calibrated
     from mopeq_edge.pipeline_context import BeforeScript
+    from mopeq_edge.pipeline_fits import Fit
     from mopeq_edge.plan.artifact import Plan
     from mopeq_edge.plan.forecast import Forecast
 
@@ -64,7 +65,7 @@ def calibrate(model: Path, **given: Any) -> None:
     with console_progress() as progress:
         text = options.calibration_text(model, given["text"], given["imatrix"])
         context = _context(model, given, progress, lambda _: options.check_before_script(model, given, text))
-        names = ("imatrix", "ctx", "chunks", "fisher", "seed", "trace", "probes", "trace_chunks")
+        names = ("imatrix", "window", "chunks", "fisher", "seed", "trace", "probes", "trace_chunks")
         request = options.calibration_request(
             context.source.kind == "huggingface",
             text,
@@ -153,11 +154,12 @@ def plan(model: Path, **given: Any) -> None:
     from mopeq_edge.atomic import atomic_write
     from mopeq_edge.cli.console import console_progress, print_json, print_table
     from mopeq_edge.pipeline import load_sensitivity, run_forecast, run_plan
+    from mopeq_edge.pipeline_fits import run_plan_that_fits
     from mopeq_edge.plan.artifact import tensor_type_lines, write_plan
     from mopeq_edge.plan.options import for_llama_quantize
     from mopeq_edge.sensitivity.scores import BEST
 
-    budget, request = options.budget(given), options.plan_request(given)
+    budget, fits, request = options.budget(given), options.fits_request(given), options.plan_request(given)
     if given["tensor_type_file"] is not None:
         request = for_llama_quantize(request)
     with console_progress() as progress:
@@ -166,7 +168,11 @@ def plan(model: Path, **given: Any) -> None:
         table = load_sensitivity(context.work)
         if request.sensitivity == "auto":
             request = replace(request, sensitivity=next(s for s in BEST if s in table.scores))
-        made = run_plan(context, table, calibrated.statistics, budget, request)
+        fit: Fit | None = None
+        if fits is None:
+            made = run_plan(context, table, calibrated.statistics, budget, request)
+        else:
+            made, fit, budget = run_plan_that_fits(context, table, calibrated.statistics, fits, request)
         comparison = run_forecast(context, table, calibrated.statistics, budget, request, made)
     if given["output"] is not None:
         write_plan(made, given["output"])
@@ -175,13 +181,14 @@ def plan(model: Path, **given: Any) -> None:
         with atomic_write(given["tensor_type_file"]) as file:
             file.write(lines.encode())
     if given["as_json"]:
-        print_json({**made.as_dict(), "forecast": comparison.as_dict() if comparison is not None else None})
+        further = {"forecast": comparison, "fits": fit}
+        print_json({**made.as_dict(), **{k: v.as_dict() if v is not None else None for k, v in further.items()}})
     else:
-        print_table(plan_table(made, comparison))
+        print_table(plan_table(made, comparison, fit))
 
 
-def plan_table(made: Plan, comparison: Forecast | None) -> Any:
-    """Sizes and types of a plan, and what the other layout would bring."""
+def plan_table(made: Plan, comparison: Forecast | None, fit: Fit | None) -> Any:
+    """Sizes and types of a plan, the memory it was made for, and what the other layout would bring."""
     from mopeq_edge.cli.console import rows_table
     from mopeq_edge.units import format_bytes
 
@@ -194,6 +201,8 @@ def plan_table(made: Plan, comparison: Forecast | None) -> Any:
         planner_row(made),
     ]
     rows += padding_row(made)
+    if fit is not None:
+        rows.append(("memory", fit.sentence()))
     if comparison is not None:
         rows.append(("layouts", comparison.sentence()))
     return rows_table(f"plan, {made.layout} layout", rows)

@@ -158,7 +158,7 @@ def _setup(model: Path, given: dict[str, Any], progress: Progress) -> Setup:
         progress=progress,
         before_script=lambda _: options.check_before_script(model, given, text),
     )
-    names = ("imatrix", "ctx", "chunks", "fisher", "seed", "trace", "probes", "trace_chunks")
+    names = ("imatrix", "window", "chunks", "fisher", "seed", "trace", "probes", "trace_chunks")
     request = options.calibration_request(
         context.source.kind == "huggingface",
         text,

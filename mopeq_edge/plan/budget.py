@@ -10,25 +10,27 @@ from mopeq_edge.gguf_file import KV
 from mopeq_edge.gguf_layout import TensorSpec, layout
 from mopeq_edge.source.model import Source, SourceTensor
 from mopeq_edge.source.padded import unpadded
-from mopeq_edge.units import GB, GIB
+from mopeq_edge.units import GB, GIB, format_bytes
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the user asked for: exactly one of the three."""
+    """The largest file: exactly one of the first four."""
 
     gb: float | None = None
     gib: float | None = None
     bpw: float | None = None
+    nbytes: int | None = None
+    """Bytes, for a budget that follows from the memory that is asked for."""
     reserve: int = 0
     """Bytes kept back of GB or GiB; in bits per weight headers come on top anyway."""
 
     def __post_init__(self) -> None:
-        given = [value for value in (self.gb, self.gib, self.bpw) if value is not None]
-        if len(given) != 1 or not 0 < given[0] < 1e9:
+        given = [value for value in (self.gb, self.gib, self.bpw, self.nbytes) if value is not None]
+        if len(given) != 1 or not 0 < given[0] < (1e18 if self.nbytes is not None else 1e9):
             raise PlanError(
-                "budget: give exactly one of --target-gb (1e9 bytes), --target-gib (2^30 bytes) and "
-                f"--target-bpw, as a positive number; found {given or 'none'}"
+                "budget: give exactly one of --target-gb (1e9 bytes), --target-gib (2^30 bytes), "
+                f"--target-bpw and --fits, as a positive number; found {given or 'none'}"
             )
 
     def file_bytes(self, header_bytes: int, tensors: Iterable[SourceTensor]) -> int:
@@ -36,6 +38,8 @@ class Budget:
 
         bpw is llama.cpp's: bytes of tensor data times 8 over the number of weights; the header comes on top.
         """
+        if self.nbytes is not None:
+            return self.nbytes - self.reserve
         if self.gb is not None:
             return int(round(self.gb * GB, 3)) - self.reserve
         if self.gib is not None:
@@ -49,6 +53,8 @@ class Budget:
 
     def __str__(self) -> str:
         kept = f" less {self.reserve} bytes for the headers of several files" if self.reserve else ""
+        if self.nbytes is not None:
+            return f"{format_bytes(self.nbytes)}, all that --fits leaves for the file{kept}"
         if self.gb is not None:
             return f"{self.gb:g} GB{kept}"
         return f"{self.gib:g} GiB{kept}" if self.gib is not None else f"{self.bpw:g} bpw"

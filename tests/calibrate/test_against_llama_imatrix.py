@@ -110,7 +110,7 @@ def test_sums_and_counts(ours: Statistics, theirs: Path) -> None:
 
 def test_calibrating_the_gguf(f32_gguf: Path, text_file: Path, ours: Statistics, tmp_path: Path) -> None:
     work = tmp_path / "work"
-    options = ("--chunks", N_CHUNKS, "--ctx", N_CTX, "--threads", 2, "--json")
+    options = ("--chunks", N_CHUNKS, "--window", N_CTX, "--threads", 2, "--json")
     done = invoke("calibrate", f32_gguf, "--text", text_file, "--work-dir", work, *options)
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["gradient_imatrix"] is False

@@ -208,7 +208,7 @@ def test_impossible_budget_states_the_minimum(
 )
 def test_exactly_one_budget(model: Path, out: Path, refused: Refused, args: tuple[object, ...], found: str) -> None:
     said = refused("convert", model, out, *args)
-    assert "give exactly one of --target-gb (1e9 bytes), --target-gib (2^30 bytes) and --target-bpw" in said
+    assert "give exactly one of --target-gb (1e9 bytes), --target-gib (2^30 bytes), --target-bpw and --fits" in said
     assert said.endswith(found)
 
 
@@ -273,7 +273,7 @@ def test_a_weight_that_is_no_number(
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.1.mlp.experts.5.up_proj.weight"][3, 4] = float("nan")
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    source, text = model, ("--text", model / "calibration.txt", "--ctx", 64)
+    source, text = model, ("--text", model / "calibration.txt", "--window", 64)
     if kind == "gguf":
         source = model.parent / "model.gguf"
         with monkeypatch.context() as patch:
@@ -287,7 +287,7 @@ def test_a_weight_that_is_no_number(
 def test_disk_full(random_model: Path, tmp_path: Path, out: Path) -> None:
     """No file may grow beyond 400,000 bytes in this process: the artifacts fit, the output does not."""
     code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (400000, 400000)); "
-    args = ["convert", str(random_model), str(out), "--target-gb", "1", "--ctx", "64", "--chunks", "2"]
+    args = ["convert", str(random_model), str(out), "--target-gb", "1", "--window", "64", "--chunks", "2"]
     args += ["--no-evaluate", "--no-fisher", "--sensitivity", "imatrix", "--work-dir", str(tmp_path / "work")]
     done = subprocess.run([PROGRAM[0], "-c", code + PROGRAM[2], *args], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1

@@ -43,7 +43,7 @@ BUILDS: dict[str, tuple[Callable[[Path, str], Path], tuple[str, ...], str]] = {
 }
 """How to write one, options of convert, and the pre-tokenizer's name that must come out."""
 
-TARGET = ("--target-bpw", "5", "--text", str(EXAMPLE_TEXT), "--ctx", "64", "--chunks", "4", "--threads", "1")
+TARGET = ("--target-bpw", "5", "--text", str(EXAMPLE_TEXT), "--window", "64", "--chunks", "4", "--threads", "1")
 
 
 class Notes(SilentProgress):

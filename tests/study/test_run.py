@@ -84,7 +84,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(model: Path, work: Path, *more: str) -> list[str]:
-    few = ["--ctx", "64", "--chunks", "4", "--types", "k", "--eval-ctx", "32", "--windows", "4", "--threads", "1"]
+    few = ["--window", "64", "--chunks", "4", "--types", "k", "--eval-ctx", "32", "--windows", "4", "--threads", "1"]
     return [*PROGRAM, "study", str(model), "--work-dir", str(work), "--pre", "gpt-2", *few, *more]
 
 

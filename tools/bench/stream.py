@@ -59,7 +59,7 @@ def main(
         model = Path(folder) / "model"
         nbytes = write_olmoe_checkpoint(model, Shape(layers, experts, embd, ff, used, n_head=embd // 64), vocab)
         common = [str(model), "--work-dir", f"{folder}/work", "--threads", str(threads)]
-        text = ["--text", str(EXAMPLE / "calibration.txt"), "--ctx", str(ctx), "--chunks", str(chunks)]
+        text = ["--text", str(EXAMPLE / "calibration.txt"), "--window", str(ctx), "--chunks", str(chunks)]
         traced = ["--trace", "--probes", "2", "--trace-chunks", "1"]
         sensitivity = ["sensitivity", *common, "--types", types, "--sample-rows", str(sample_rows)]
         stages = {

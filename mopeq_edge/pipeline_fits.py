@@ -1,0 +1,120 @@
+"""The plan of the largest file that runs in a device's memory: budget and plan are found together."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from mopeq_edge.errors import PlanError
+from mopeq_edge.memory.command import arguments
+from mopeq_edge.memory.fits import HEADROOM, file_budget
+from mopeq_edge.memory.model import Model, model_of_plan, model_of_source
+from mopeq_edge.memory.predict import predict
+from mopeq_edge.memory.repack import this_cpu
+from mopeq_edge.memory.settings import Settings
+from mopeq_edge.pipeline import Context, plan_only
+from mopeq_edge.plan.artifact import Plan, write_plan
+from mopeq_edge.plan.budget import Budget
+from mopeq_edge.plan.options import PlanOptions
+from mopeq_edge.sensitivity.pricing import Statistics
+from mopeq_edge.sensitivity.table import SensitivityTable
+from mopeq_edge.units import format_bytes
+
+MOST_PLANS = 4
+"""Plans that are tried: the second already differs from the last by a few kB."""
+
+
+@dataclass(frozen=True)
+class FitsRequest:
+    """``memory``: bytes that llama.cpp may take with ``settings``, of which the share ``headroom`` stays free."""
+
+    memory: int
+    settings: Settings
+    headroom: float = HEADROOM
+
+    @property
+    def limit(self) -> int:
+        """Bytes that the prediction may have."""
+        return self.memory - int(self.memory * self.headroom)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Bytes: ``memory`` asked for, ``needed`` by the plan's file in llama.cpp, ``weights`` of these the whole file."""
+
+    memory: int
+    needed: int
+    weights: int
+    options: tuple[str, ...]
+
+    @property
+    def headroom(self) -> int:
+        return self.memory - self.needed
+
+    def sentence(self) -> str:
+        """What is needed and what stays free."""
+        rest = self.needed - self.weights
+        return (
+            f"{format_bytes(self.needed)} of {format_bytes(self.memory)} with {' '.join(self.options)}: the file, and "
+            f"{format_bytes(rest)} for cache, buffers and program; {format_bytes(self.headroom)} stay free"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Sizes in bytes."""
+        sizes = {f"{key}_bytes": value for key, value in asdict(self).items() if key != "options"}
+        return {**sizes, "headroom_bytes": self.headroom, "llama_cpp_options": list(self.options)}
+
+
+def first_budget(context: Context, request: FitsRequest) -> Budget:
+    """A budget whose file fits in whatever types; from shapes alone.
+
+    Raises :class:`PlanError` if cache, buffers and program leave no room.
+    """
+    model = replace(model_of_source(context.source), name=str(context.source.path))
+    found = file_budget(model, request.settings, this_cpu(), request.memory, request.headroom)
+    return Budget(nbytes=found.budget)
+
+
+def run_plan_that_fits(
+    context: Context,
+    table: SensitivityTable,
+    statistics: Statistics,
+    request: FitsRequest,
+    options: PlanOptions,
+) -> tuple[Plan, Fit, Budget]:
+    """The plan stage: the plan of the largest budget found whose file is predicted to fit. Leaves plan.json.
+
+    The first budget allows for the types that need the largest buffers. What the plan's own types leave of that goes
+    into the next budget, as long as it fits.
+    """
+    budget = first_budget(context, request)
+    best: tuple[Plan, Fit, Budget] | None = None
+    for _ in range(MOST_PLANS):
+        plan = plan_only(context, table, statistics, budget, options)
+        fit = _fit(plan, context, request)
+        spare = request.limit - fit.needed
+        if spare >= 0 and (best is None or plan.damage < best[0].damage):
+            best = plan, fit, budget
+        further = Budget(nbytes=plan.file_bytes + spare)
+        if further == budget or (spare >= 0 and plan.file_bytes == plan.largest_bytes):
+            break
+        budget = further
+    if best is None:
+        raise PlanError(
+            f"{context.source.path}: no plan was found that fits {format_bytes(request.memory)} with "
+            f"{' '.join(arguments(request.settings))}; ask for a smaller context, or give --target-gb"
+        )
+    write_plan(best[0], context.work.file("plan.json"))
+    return best
+
+
+def _fit(plan: Plan, context: Context, request: FitsRequest) -> Fit:
+    model = _model(plan, context)
+    found = predict(model, request.settings, this_cpu())
+    return Fit(request.memory, found.needed + found.gpu, plan.file_bytes, tuple(arguments(request.settings)))
+
+
+def _model(plan: Plan, context: Context) -> Model:
+    kvs = context.source.kvs
+    padded = kvs if plan.expert_padding is None else plan.expert_padding.kvs(kvs)
+    return model_of_plan(plan, padded, str(context.source.path))
