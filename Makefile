@@ -36,7 +36,7 @@ demo: runtime
 	$(BIN)/mopeq-edge convert examples/tiny-olmoe demo/tiny-olmoe-per-expert.gguf --layout per-expert \
 		--target-gb $(BUDGET_GB) --work-dir demo/work --force
 	for file in demo/tiny-olmoe.gguf demo/tiny-olmoe-per-expert.gguf; do \
-		$(BIN)/pytest runtime_tests --model $$file --bench 128,32,3 || exit 1; done
+		$(BIN)/pytest runtime_tests --model $$file --bench 128,32,3 --threads 1 || exit 1; done
 	@ls -l demo/*.gguf
 
 check: $(READY)

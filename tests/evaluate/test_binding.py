@@ -132,6 +132,17 @@ def test_greedy_is_the_argmax_of_each_step(model: LlamaModel, evaluation_text: s
     assert np.mean(chosen == text) > 0.8
 
 
+def test_logits_after_a_prompt_are_those_of_generation(model: LlamaModel, evaluation_text: str) -> None:
+    prompt = model.tokenize(evaluation_text)[:30]
+    text = model.greedy(prompt, 12)
+    rows = model.logits_after(prompt, text)
+    assert rows.shape == (13, model.n_vocab)
+    assert rows.argmax(axis=1)[:12].tolist() == text
+    assert np.array_equal(rows[0], model.logits(prompt)[-1])
+    with pytest.raises(MopeqError, match="do not fit into its context"):
+        model.logits_after([5] * 200, [5] * 57)
+
+
 def test_greedy_stops_at_the_context(model: LlamaModel) -> None:
     with pytest.raises(MopeqError, match=r"257 tokens do not fit into its context of 256"):
         model.greedy([5] * 200, 57)
