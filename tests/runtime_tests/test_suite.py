@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +15,16 @@ from click.testing import CliRunner
 
 from mopeq_edge.cli import cli
 from mopeq_edge.device_report.document import Report, read_report
-from mopeq_edge.gguf_file import read_header
+from mopeq_edge.expert_groups.layout import ExpertGroup
+from mopeq_edge.ggml.types import BY_NAME
+from mopeq_edge.gguf_file import KV, ValueType, read_header
+from mopeq_edge.gguf_layout import string
 from mopeq_edge.llama_cpp.bundle import STOCK
 from mopeq_edge.runtime.locate import LIBRARY_VARIABLE, require_runtime, tool
 from mopeq_edge.runtime.tools import run_tool
+from mopeq_edge.source.huggingface import HuggingFaceSource
 
-from ..runtime.builds import write_per_expert
+from ..builders import write_gguf, write_quantized_gguf
 
 pytestmark = [
     pytest.mark.runtime,
@@ -30,12 +35,20 @@ ROOT = Path(__file__).parents[2]
 GPU = "NVIDIA RTX A1000 Laptop GPU, 560.35.03, 8.6, 35.00"
 
 
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+
 @pytest.fixture(scope="module")
-def small(bf16_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model in Q4_K_M. Do not change the file."""
-    path = tmp_path_factory.mktemp("suite") / "small.gguf"
-    run_tool("llama-quantize", [bf16_gguf, path, "Q4_K_M", "2"])
-    return path
+def small(tiny_source: HuggingFaceSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model in Q4_K_M, with a chat template. Do not change the file."""
+    folder = tmp_path_factory.mktemp("suite")
+    added = {"tokenizer.chat_template": string(TEMPLATE), "tokenizer.ggml.add_bos_token": KV(ValueType.BOOL, False)}
+    source: Any = SimpleNamespace(
+        kvs={**tiny_source.kvs, **added}, tensors=tiny_source.tensors, read_stored=tiny_source.read_stored
+    )
+    write_gguf(source, folder / "bf16.gguf")
+    run_tool("llama-quantize", [folder / "bf16.gguf", folder / "small.gguf", "Q4_K_M", "2"])
+    return folder / "small.gguf"
 
 
 def suite(model: Path, *options: object, **env: str) -> subprocess.CompletedProcess[str]:
@@ -72,18 +85,17 @@ def test_a_sound_file_passes(whole: tuple[subprocess.CompletedProcess[str], Repo
     assert done.returncode == 0, done.stdout
     assert f"Report: {small.with_name('small.report.json')}" in done.stdout
     assert outcomes(report, "failed") == set()
-    # a stock file without a chat template, a plan, or a word on BOS
+    # a stock file without a plan
     assert outcomes(report, "skipped") == {
         "test_file.py::test_expert_groups_are_used",
         "test_file.py::test_stock_llama_cpp_refuses_expert_groups",
-        "test_server.py::test_it_chats",
-        "test_text.py::test_a_text_begins_as_the_file_says",
         "test_validate.py::test_llama_server_agrees_with_onnx",
         "test_validate.py::test_validate[plan]",
     }
     assert {
         *(f"test_generation.py::test_greedy_text_is_the_same_twice[{n}]" for n in (1, 7, 64, 600)),
         "test_server.py::test_four_at_once_say_what_each_says_alone",
+        "test_server.py::test_it_chats",
         "test_server.py::test_its_probabilities_are_the_library_s",
         "test_validate.py::test_validate[logits]",
         "test_validate.py::test_validate[weights]",
@@ -187,16 +199,27 @@ def test_a_damaged_weight_fails_in_the_named_test(small: Path, tmp_path: Path) -
     assert "expert 5 of blk.1.ffn_up_exps.weight" in (reason or "")
 
 
-def test_a_per_expert_file_needs_a_patched_llama_cpp(tmp_path: Path) -> None:
-    """One test says so, the others are left out."""
-    file = write_per_expert(tmp_path / "groups.gguf")
-    suite(file, "--llama-cpp", require_runtime(STOCK).directory, "-k", "not sound")
-    report = read_report(tmp_path / "groups.report.json")
-    assert outcomes(report, "passed") == set()
-    assert outcomes(report, "failed") <= {
-        "test_file.py::test_expert_groups_are_used",
-        "test_file.py::test_stock_llama_cpp_refuses_expert_groups",
-    }
+def test_a_per_expert_file_needs_a_patched_llama_cpp(tiny_source: HuggingFaceSource, tmp_path: Path) -> None:
+    """In a stock build one test says so, and the others are left out."""
+    file = tmp_path / "groups.gguf"
+    groups = [ExpertGroup(BY_NAME[name], tuple(range(first, 16, 2))) for first, name in enumerate(("Q3_K", "Q4_K"))]
+    write_quantized_gguf(tiny_source, {"blk.0.ffn_up_exps.weight": tuple(groups)}, file)
+    used, refused = (
+        f"test_file.py::test_{n}" for n in ("expert_groups_are_used", "stock_llama_cpp_refuses_expert_groups")
+    )
+    done = suite(file, "-k", "test_file or ends_at", "--report", tmp_path / "patched.json")
+    assert done.returncode == 0, done.stdout
+    patched = read_report(tmp_path / "patched.json")
+    assert {used, refused, "test_server.py::test_it_ends_at_eos"} <= outcomes(patched, "passed")
+    assert figures(patched, used) == {"groups_count": 2, "expert_matrices_count": 16}
+    suite(file, "--llama-cpp", require_runtime(STOCK).directory, "--report", tmp_path / "stock.json")
+    stock = read_report(tmp_path / "stock.json")
+    assert outcomes(stock, "failed") == {used}
+    assert outcomes(stock, "passed") == {refused, "test_file.py::test_the_structure_is_sound"}
+    both = ["validate", "--compare", str(tmp_path / "patched.json"), str(tmp_path / "stock.json")]
+    compared = CliRunner().invoke(cli, both)
+    assert compared.exit_code == 1
+    assert f"1 passed in one and failed in the other: {used}" in compared.stdout
 
 
 def test_what_is_refused_before_any_test(small: Path, tmp_path: Path) -> None:
