@@ -298,6 +298,10 @@ def test_the_commands(tiny_model: Path, tmp_path: Path) -> None:
     described = run("validate", files[0], "--json")
     assert (described["layout"], described["file_bytes"]) == ("per-expert", sum(sizes))
     assert len(described["stacks"]) > 3
+    checks = {check["name"]: check["passed"] for check in described.pop("checks")}
+    assert {"structure", "plan", "scales", "zeros", "logits", "routing"} <= {name for name in checks if checks[name]}
+    assert described.pop("passed")
+    described.pop("seconds")
     assert run("inspect", files[0], "--json") == described
     # what no target was given for comes out of the map, in the same files by plan and emit
     made = run("plan", tiny_model, "--planner", "mopeq", "--sensitivity", "imatrix", *split, *work)

@@ -24,7 +24,7 @@ COMMANDS: Mapping[str, tuple[str, str, str]] = {
     "study": ("mopeq_edge.cli.study", "study", "Plans and controls of equal bytes, measured."),
     "run": ("mopeq_edge.cli.run", "run", "Run a GGUF in llama-cli."),
     "serve": ("mopeq_edge.cli.run", "serve", "Serve a GGUF with llama-server."),
-    "validate": ("mopeq_edge.cli.validate", "validate", "Whether a GGUF is sound, and what runs it."),
+    "validate": ("mopeq_edge.cli.validate", "validate", "Whether a GGUF is what it should be."),
     "runtime": ("mopeq_edge.cli.runtime", "runtime", "Install, show or patch llama.cpp."),
 }
 """Name: (module, attribute, one line of help), in the order of the pipeline."""
