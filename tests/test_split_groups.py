@@ -295,7 +295,7 @@ def test_the_commands(tiny_model: Path, tmp_path: Path) -> None:
     assert sum(sizes) == found["file_bytes"] == found["predicted_file_bytes"] <= 7_000_000
     assert found["evaluation"]["target_bytes"] == sum(sizes)
     assert found["evaluation"]["kld_mean_nats"] < 1
-    described = run("validate", files[0], "--json")
+    described = run("validate", files[0], "--work-dir", tmp_path / "work", "--json")
     assert (described["layout"], described["file_bytes"]) == ("per-expert", sum(sizes))
     assert len(described["stacks"]) > 3
     checks = {check["name"]: check["passed"] for check in described.pop("checks")}
