@@ -44,6 +44,11 @@ def part_paths(path: Path, n_files: int) -> list[Path]:
     return [path.with_name(f"{stem}-{i:05d}-of-{n_files:05d}.gguf") for i in range(1, n_files + 1)]
 
 
+def whole_path(path: Path) -> Path:
+    """``out.gguf`` of ``out-00001-of-00003.gguf``; any other path as it is."""
+    return path.with_name(_PART.sub("", path.name))
+
+
 def existing_parts(path: Path) -> list[Path]:
     """Files that have the name of a part of ``path``, of however many."""
     if not path.parent.is_dir():

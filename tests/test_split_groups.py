@@ -295,9 +295,13 @@ def test_the_commands(tiny_model: Path, tmp_path: Path) -> None:
     assert sum(sizes) == found["file_bytes"] == found["predicted_file_bytes"] <= 7_000_000
     assert found["evaluation"]["target_bytes"] == sum(sizes)
     assert found["evaluation"]["kld_mean_nats"] < 1
-    described = run("validate", files[0], "--json")
+    described = run("validate", files[0], "--work-dir", tmp_path / "work", "--json")
     assert (described["layout"], described["file_bytes"]) == ("per-expert", sum(sizes))
     assert len(described["stacks"]) > 3
+    checks = {check["name"]: check["passed"] for check in described.pop("checks")}
+    assert {"structure", "plan", "scales", "zeros", "logits", "routing"} <= {name for name in checks if checks[name]}
+    assert described.pop("passed")
+    described.pop("seconds")
     assert run("inspect", files[0], "--json") == described
     # what no target was given for comes out of the map, in the same files by plan and emit
     made = run("plan", tiny_model, "--planner", "mopeq", "--sensitivity", "imatrix", *split, *work)

@@ -15,8 +15,8 @@ _ONE_QUERY_MATRIX = (26, 27)
 """Numbers of layers of a deepseek2 in which llama.cpp does not look for the rank of the query's latent."""
 
 
-def read_settings(header: GGUFHeader) -> Settings:
-    """The settings of a file, the first one if it is split.
+def read_settings(header: GGUFHeader, *others: GGUFHeader) -> Settings:
+    """The settings of a file; of a split one the first has the key-values, and any the embedding.
 
     Raises :class:`SourceError` for an architecture or a choice that the reference does not compute, and
     :class:`FormatError` for key-values that are missing or cannot be.
@@ -32,7 +32,7 @@ def read_settings(header: GGUFHeader) -> Settings:
     n_layer = keys.size("block_count") - keys.integer("nextn_predict_layers", 0)
     if n_layer <= 0:
         raise keys.wrong("nextn_predict_layers", "fewer than all blocks")
-    n_embd, n_vocab = keys.size("embedding_length"), _vocabulary(header)
+    n_embd, n_vocab = keys.size("embedding_length"), _vocabulary(header, *others)
     n_head = keys.size("attention.head_count")
     if keys.integer("expert_count", 0) == 0:
         raise SourceError(f"{header.path}: has no experts; the ONNX reference is for Mixture-of-Experts models")
@@ -70,11 +70,11 @@ def read_settings(header: GGUFHeader) -> Settings:
     )
 
 
-def _vocabulary(header: GGUFHeader) -> int:
-    for info in header.tensors:
+def _vocabulary(*headers: GGUFHeader) -> int:
+    for info in (info for header in headers for info in header.tensors):
         if info.name == _EMBEDDING and len(info.shape) == 2:
             return info.shape[1]
-    raise FormatError(f"{header.path}: tensor '{_EMBEDDING}' of two axes is missing; convert it again")
+    raise FormatError(f"{headers[0].path}: tensor '{_EMBEDDING}' of two axes is missing; convert it again")
 
 
 def _kv_heads(keys: Keys, n_head: int, latent: Latent | None) -> int:

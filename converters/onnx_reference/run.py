@@ -79,7 +79,7 @@ def run_reference(
     damaged, lacks a tensor or has one of another shape. Raises :class:`ValueError` for a ``routing`` of another shape.
     """
     headers = read_parts(path)
-    settings = read_settings(headers[0])
+    settings = read_settings(*headers)
     weights = Weights(headers)
     parts = make_parts(settings, threads, routing is not None)
     check_tensors(settings, parts, weights)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 @click.option("--ctx", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of a window of --text.")
 @click.option("--chunks", type=click.IntRange(min=1), help="Windows to measure against the source (default: all).")
 @threads_option
-@click.option("--work-dir", type=FILE, help="Where plan and the source's logits are (default: FILE with .mopeq).")
+@click.option("--work-dir", type=FILE, help="Where plan.json and the source's logits are (default: OUT.mopeq).")
 @json_option
 def validate(
     file: Path | None,
@@ -81,6 +81,7 @@ def validate(
     from mopeq_edge.cli.options import work_directory_of_output
     from mopeq_edge.pipeline_validate import ValidateRequest
     from mopeq_edge.pipeline_validate import validate as validate_file
+    from mopeq_edge.split import whole_path
     from mopeq_edge.validate.measured import Thresholds
 
     if compare is not None:
@@ -95,7 +96,7 @@ def validate(
     limits = Thresholds(max_kld, max_kld_p99_9, min_same_top)
     if limits != Thresholds() and (against is None or text is None):
         raise MopeqError("a threshold needs something to be measured: give --against SOURCE and --text FILE")
-    work = work_directory_of_output(work_dir, file)
+    work = work_directory_of_output(work_dir, whole_path(file))
     with console_progress() as progress:
         request = ValidateRequest(
             path=file,

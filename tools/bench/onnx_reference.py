@@ -98,7 +98,7 @@ def write_model(path: Path, n_layer: int, n_vocab: int, kind: GgmlType, narrow: 
 def measure_block(path: str, n_tokens: int, threads: int) -> None:
     """Run the first block with experts alone; print seconds, bytes of growth and the block's bytes in F32, as JSON."""
     headers = read_parts(Path(path))
-    settings, weights = read_settings(headers[0]), Weights(headers)
+    settings, weights = read_settings(*headers), Weights(headers)
     parts = make_parts(settings, threads)
     check_tensors(settings, parts, weights)
     tokens = np.random.default_rng(0).integers(0, settings.n_vocab, n_tokens)
