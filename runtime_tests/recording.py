@@ -1,4 +1,4 @@
-"""Collects what every test found and writes the report, also when tests fail."""
+"""Collects what every test found and writes the report, behind each of them: a crash leaves what was known before."""
 
 from __future__ import annotations
 
@@ -27,9 +27,13 @@ class Recorder:
     """A plugin of one pytest run, in the process that collects the results."""
 
     def __init__(self, path: Path, model: Path, build: Build, options: Mapping[str, Any]) -> None:
-        self.path, self._model, self._build, self._options = path, model, build, dict(options)
+        self.path, self._options = path, dict(options)
         self._tests: dict[str, TestResult] = {}
         self._problem: str | None = None
+        # asked before the model takes its memory
+        machine = this_machine()
+        self._device, self._about = describe(machine), describe_model(model)
+        self._llama_cpp = describe_build(build, machine)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         name = report.nodeid.rpartition("/")[2]
@@ -45,11 +49,11 @@ class Recorder:
         texts = {key: value for key, value in properties.items() if isinstance(value, str)}
         self._tests[name] = TestResult(name, outcome, seconds, reason, figures, texts)
 
+    def pytest_runtest_logfinish(self) -> None:
+        self._write()
+
     def pytest_sessionfinish(self) -> None:
-        try:
-            write_report(self.path, self.report(this_machine()))
-        except MopeqError as error:
-            self._problem = str(error)
+        self._write()
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self._problem is None:
@@ -57,17 +61,25 @@ class Recorder:
         else:
             terminalreporter.write_line(f"No report: {self._problem}", red=True)
 
-    def report(self, machine: Machine) -> Report:
+    def report(self) -> Report:
         """All that is known at this moment."""
         tests = tuple(self._tests.values())
+        said = {name: text for test in tests for name, text in test.texts.items()}
         return Report(
             mopeq_edge_version=__version__,
-            device=describe(machine),
-            llama_cpp=_llama_cpp(self._build, machine, tests),
-            model=describe_model(self._model),
+            device=self._device,
+            llama_cpp={**self._llama_cpp, **{name: said.get(name) for name in ("binding", "backends")}},
+            model=self._about,
             options=self._options,
             tests=tests,
         )
+
+    def _write(self) -> None:
+        try:
+            write_report(self.path, self.report())
+            self._problem = None
+        except MopeqError as error:
+            self._problem = str(error)
 
 
 def describe_model(path: Path) -> dict[str, Any]:
@@ -99,11 +111,11 @@ def describe_model(path: Path) -> dict[str, Any]:
     }
 
 
-def _llama_cpp(build: Build, machine: Machine, tests: tuple[TestResult, ...]) -> dict[str, Any]:
+def describe_build(build: Build, machine: Machine) -> dict[str, Any]:
+    """What is known of the llama.cpp before it is used."""
     programs = [program for program in map(build.tool, ("llama-server", "llama-cli", "llama-bench")) if program]
     version = tool_version(programs[0]) if programs else None
     devices = machine.run((str(programs[0]), "--list-devices")) if programs else None
-    said = {name: text for test in tests for name, text in test.texts.items()}
     return {
         "given_by": build.given_by,
         "tools_directory": _without_home(build.tools),
@@ -111,8 +123,6 @@ def _llama_cpp(build: Build, machine: Machine, tests: tuple[TestResult, ...]) ->
         "version": version.version if version else None,
         "build_number": version.build_number if version else None,
         "commit": version.commit if version else None,
-        "binding": said.get("binding"),
-        "backends": said.get("backends"),
         "devices": _devices(devices),
         "runs_expert_groups": build.runs_expert_groups,
     }

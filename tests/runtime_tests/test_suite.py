@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -180,6 +181,16 @@ def test_a_cut_file_fails_in_the_named_test(small: Path, tmp_path: Path) -> None
     assert (report.model["name"], report.model["header_sha256"]) == ("cut.gguf", None)
     assert report.device["gpus"][0]["driver_version"] == "560.35.03"
     assert report.device["gpu_memory_total_bytes"] == []
+
+
+def test_a_crash_leaves_what_was_known(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "crash.py").write_text(
+        "import os\ndef pytest_runtest_call(item):\n    if 'special' in item.name: os.abort()\n"
+    )
+    path = tmp_path / "crash.json"
+    done = suite(small, "-k", "test_text", "-p", "crash", "--report", path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == -signal.SIGABRT
+    assert outcomes(read_report(path), "passed") == {"test_text.py::test_text_comes_back"}
 
 
 def test_a_damaged_weight_fails_in_the_named_test(small: Path, tmp_path: Path) -> None:
