@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from mopeq_edge.cli.evaluate import evaluate, resolve_source
+from mopeq_edge.cli import cli
+from mopeq_edge.cli.evaluate import resolve_source
 from mopeq_edge.errors import MopeqError
 from mopeq_edge.gguf_file import read_header
 from mopeq_edge.progress import SilentProgress
@@ -16,7 +17,7 @@ from mopeq_edge.progress import SilentProgress
 
 def arguments(target: Path, source: Path, text: Path, work_dir: Path) -> list[str]:
     return [
-        *(str(target), "--against", str(source), "--text", str(text)),
+        *("evaluate", str(target), "--against", str(source), "--text", str(text)),
         *("--ctx", "64", "--chunks", "4", "--work-dir", str(work_dir)),
     ]
 
@@ -24,10 +25,10 @@ def arguments(target: Path, source: Path, text: Path, work_dir: Path) -> list[st
 @pytest.mark.runtime
 def test_json_and_table_tell_the_same(q2_k: Path, bf16_gguf: Path, text_file: Path, tmp_path: Path) -> None:
     command = arguments(q2_k, bf16_gguf, text_file, tmp_path)
-    as_json = CliRunner().invoke(evaluate, [*command, "--json"], catch_exceptions=False)
+    as_json = CliRunner().invoke(cli, [*command, "--json"], catch_exceptions=False)
     values = json.loads(as_json.stdout)
     assert values["positions_count"] == 4 * 31
-    table = CliRunner().invoke(evaluate, command, catch_exceptions=False)
+    table = CliRunner().invoke(cli, command, catch_exceptions=False)
     assert f"{values['kld_mean_nats']:.6f}" in table.stdout
     assert f"{100 * values['same_top_fraction']:.3f}" in table.stdout
     assert f"{values['ppl_target_per_token']:.4f}" in table.stdout
@@ -39,7 +40,7 @@ def test_the_logits_lie_in_a_directory_named_after_the_source_unless_told(
     q2_k: Path, bf16_gguf: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    CliRunner().invoke(evaluate, arguments(q2_k, bf16_gguf, text_file, tmp_path)[:-2], catch_exceptions=False)
+    CliRunner().invoke(cli, arguments(q2_k, bf16_gguf, text_file, tmp_path)[:-2], catch_exceptions=False)
     (work_dir,) = tmp_path.iterdir()
     assert work_dir.name == f"{bf16_gguf.stem}.mopeq"
     assert [path.name[:10] for path in work_dir.iterdir()] == ["reference-"]
@@ -65,6 +66,6 @@ def test_a_checkpoint_is_as_good_as_its_gguf(tiny_model: Path, bf16_gguf: Path, 
 @pytest.mark.parametrize("option", [["--ctx", "1"], ["--chunks", "0"], ["--positions", "some"], ["--threads", "0"]])
 def test_options_out_of_range(tmp_path: Path, option: list[str]) -> None:
     path = tmp_path / "model.gguf"
-    result = CliRunner().invoke(evaluate, [*arguments(path, path, path, tmp_path), *option])
+    result = CliRunner().invoke(cli, [*arguments(path, path, path, tmp_path), *option])
     assert result.exit_code == 2
     assert option[0] in result.stderr
