@@ -193,8 +193,8 @@ def test_a_file_with_an_unrouted_expert(tmp_path: Path) -> None:
         ({"imatrix.datasets": None}, "imatrix lacks imatrix.datasets; "),
         ({"imatrix.chunk_count": None}, "imatrix lacks imatrix.chunk_count; "),
         ({"imatrix.chunk_size": None, "imatrix.datasets": None}, "lacks imatrix.datasets, imatrix.chunk_size; "),
-        ({"imatrix.chunk_size": string("many")}, "imatrix.chunk_. no number"),
-        ({"imatrix.datasets": uint32(3)}, "imatrix.datasets is no list"),
+        ({"imatrix.chunk_size": string("many")}, "imatrix.chunk_size is 'many', expected a number"),
+        ({"imatrix.datasets": uint32(3)}, "imatrix.datasets is 3, expected a list"),
     ],
 )
 def test_refused_for_its_metadata(tmp_path: Path, change: Mapping[str, KV | None], message: str) -> None:
@@ -215,7 +215,7 @@ def test_refused_for_its_metadata(tmp_path: Path, change: Mapping[str, KV | None
         ({"x.in_sum2": [[1, np.inf]], "x.counts": [[1]]}, "'x.in_sum2' holds negative or non-finite"),
         ({"x.in_sum2": [[1, 2]], "x.counts": [[-1]]}, "'x.counts' holds negative or non-finite"),
         ({"x.in_sum2": [[1, 2]], "x.counts": [[np.nan]]}, "'x.counts' holds negative or non-finite"),
-        ({"x.in_sum2": [[1, 2, 3]], "x.counts": [[1], [2]]}, "'x' has 3 sums for 2 counts"),
+        ({"x.in_sum2": [[1, 2, 3]], "x.counts": [[1], [2]]}, r"'x' has sums of shape \[1, 3\] and counts of shape \[2, 1\]"),
         ({"x.weight": [[1, 2]]}, r"tensor 'x.weight' \(F32\) has no place in an imatrix"),
     ],
 )

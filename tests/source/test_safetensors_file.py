@@ -103,9 +103,9 @@ W = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (b"GGUF", "its header is no JSON"),
-        (b"\xff\xfe", "its header is no JSON"),
-        (b"[" * 100_000, "its header is no JSON"),
+        (b"GGUF", "no safetensors file"),
+        (b"\xff\xfe", "no safetensors file"),
+        (b"[" * 100_000, "nested more than 200 deep"),
         ([1], "expected an object, found list"),
         (b'{"w":{},"w":{}}', "'w' appears twice"),
         ({"w": 1}, "tensor 'w': expected an object"),
@@ -114,8 +114,8 @@ W = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
         ({"w": {**W, "shape": [-1]}}, r"tensor 'w': shape \[-1\]"),
         ({"w": {**W, "shape": [True]}}, r"tensor 'w': shape \[True\]"),
         ({"w": {**W, "shape": [1.0]}}, r"tensor 'w': shape \[1.0\]"),
-        ({"w": {**W, "shape": [10**30]}}, "needs .* bytes, its offsets give 4"),
-        ({"w": {**W, "data_offsets": [4, 0]}}, "needs 4 bytes, its offsets give -4"),
+        ({"w": {**W, "shape": [10**30]}}, r"shape \[1000.*0000\] is no list of up to 16 sizes"),
+        ({"w": {**W, "data_offsets": [4, 0]}}, "needs 32 bits, its offsets give -4 bytes"),
         ({"w": {**W, "data_offsets": [0]}}, "no pair of sizes"),
         ({"w": {**W, "data_offsets": [1, 5]}}, "starts at byte"),
         ({"w": W, "v": W}, "starts at byte"),
