@@ -215,7 +215,10 @@ def test_refused_for_its_metadata(tmp_path: Path, change: Mapping[str, KV | None
         ({"x.in_sum2": [[1, np.inf]], "x.counts": [[1]]}, "'x.in_sum2' holds negative or non-finite"),
         ({"x.in_sum2": [[1, 2]], "x.counts": [[-1]]}, "'x.counts' holds negative or non-finite"),
         ({"x.in_sum2": [[1, 2]], "x.counts": [[np.nan]]}, "'x.counts' holds negative or non-finite"),
-        ({"x.in_sum2": [[1, 2, 3]], "x.counts": [[1], [2]]}, r"'x' has sums of shape \[1, 3\] and counts of shape \[2, 1\]"),
+        (
+            {"x.in_sum2": [[1, 2, 3]], "x.counts": [[1], [2]]},
+            r"'x' has sums of shape \[1, 3\] and counts of shape \[2, 1\]",
+        ),
         ({"x.weight": [[1, 2]]}, r"tensor 'x.weight' \(F32\) has no place in an imatrix"),
     ],
 )
