@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mopeq_edge.errors import RuntimeMissingError, SourceError
+from mopeq_edge.errors import RuntimeMissingError, SourceError, shown
 from mopeq_edge.runtime.locate import find_runtime
 from mopeq_edge.source.checkpoint import read_json_object
 
@@ -102,7 +102,7 @@ def why_not_plain(directory: Path) -> str | None:
     normalizers = _flat(tokenizer.get("normalizer"), "normalizers")
     model = tokenizer.get("model")
     if not isinstance(model, dict):
-        return "no model"
+        return f"model {shown(model)}"
     if normalizers:
         return f"normalizer {_type(normalizers[0])}"
     if len(steps) != 1 or _type(steps[0]) != "ByteLevel":

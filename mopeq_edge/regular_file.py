@@ -29,4 +29,5 @@ def read_whole(path: Path, most: int) -> bytes:
     if size > most:
         raise FormatError(f"{path}: has {size} bytes, expected at most {most}; download it again")
     with path.open("rb") as file:
-        return file.read(most)
+        # not ``most``: Python allocates what it is asked for first
+        return file.read(size)
