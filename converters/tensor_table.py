@@ -213,6 +213,7 @@ def _check_n_matrices(tables: Tables, n_sparse: int, shapes: Shapes) -> None:
     experts = tables.experts
     packed = any(name.endswith((f".{experts.gate_up}", f".{experts.down}")) for name in shapes)
     if not packed:
+        check_count("num_experts", tables.sizes["expert"], shapes)
         check_count("num_hidden_layers times num_experts", n_sparse * tables.sizes["expert"], shapes)
     elif n_sparse * tables.sizes["expert"] > MAX_PACKED:
         raise SourceError(
