@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from converters.model_card import check_model_card
 from converters.pre_tokenizer import PLAIN_BYTE_LEVEL, why_not_plain
 from converters.script_child import UNKNOWN_PRE_TOKENIZER, Job
 from mopeq_edge.artifacts import digest
@@ -106,6 +107,7 @@ def header_gguf(directory: Path, output: Path, *, pre: str | None) -> None:
 def run_script(directory: Path, output: Path, *, pre: str | None, header_only: bool = False) -> None:
     """Run the script to its end. Raises :class:`SourceError` with its last error if it fails."""
     folder = require_runtime().convert
+    check_model_card(directory)
     plain = PLAIN_BYTE_LEVEL if why_not_plain(directory) is None else None
     job = Job(str(directory.absolute()), str(output.absolute()), pre, plain, header_only)
     command: list[str | Path] = [sys.executable, CHILD, folder, json.dumps(asdict(job))]

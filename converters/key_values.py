@@ -7,6 +7,7 @@ with it. Order and choice are those of llama.cpp's ``convert_hf_to_gguf.py``.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import Any
 import gguf
 import numpy as np
 
+from converters.model_card import check_model_card
 from converters.rope_settings import require_needed, rope_of
-from mopeq_edge.errors import SourceError
+from mopeq_edge.errors import SourceError, shown
 from mopeq_edge.gguf_file import KV, ValueType
 from mopeq_edge.gguf_layout import layout
 from mopeq_edge.source.converter import Config
@@ -55,7 +57,9 @@ def need_number(config: Config, key: str) -> int:
     """The positive whole number under ``key``, or :class:`SourceError`."""
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise SourceError(f"config.json has {key} {value!r}, expected a positive number; use the one of these weights")
+        raise SourceError(
+            f"config.json has {key} {shown(value)}, expected a positive number; use the one of these weights"
+        )
     return value
 
 
@@ -79,6 +83,7 @@ def start_writer(
         writer.add_tensor_info(tensor.name, tuple(reversed(tensor.shape)), np.dtype(np.float32), tensor.n_weights * 4)
     total, shared, expert, n_expert = writer.get_total_parameter_count()
     writer.add_type(gguf.GGUFType.MODEL)
+    check_model_card(directory)
     try:
         metadata = gguf.Metadata.load(None, directory, None, total)
         metadata.name = metadata.name or directory.resolve().name
@@ -132,9 +137,11 @@ def as_kvs(writer: Any) -> dict[str, KV]:
         kvs[key] = KV(kind, list(value.value) if sub is not None else value.value, sub)
         try:
             layout({key: kvs[key]}, [])
-        except (struct.error, TypeError, ValueError, AttributeError):
+            if kind is ValueType.FLOAT32 and not math.isfinite(value.value):
+                raise ValueError
+        except (struct.error, TypeError, ValueError, AttributeError, OverflowError):
             raise SourceError(
-                f"the checkpoint's files give {str(value.value)[:40]!r} for '{key}', expected {kind.name}; "
+                f"the checkpoint's files give {shown(value.value)} for '{key}', expected {kind.name}; "
                 "use the files of these weights"
             ) from None
     return kvs
@@ -181,7 +188,7 @@ def _add_repetition_penalty(metadata: Any, directory: Path) -> None:
     if metadata.sampling_penalty_repeat is None and path.is_file():
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+        except (ValueError, RecursionError):
             return
         if isinstance(found, dict):
             metadata.sampling_penalty_repeat = found.get("repetition_penalty")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mopeq_edge.errors import RuntimeMissingError, SourceError
+from mopeq_edge.errors import RuntimeMissingError, SourceError, shown
 from mopeq_edge.runtime.locate import find_runtime
 from mopeq_edge.source.checkpoint import read_json_object
 
@@ -100,7 +100,9 @@ def why_not_plain(directory: Path) -> str | None:
     tokenizer = read_json_object(path)
     steps = _flat(tokenizer.get("pre_tokenizer"), "pretokenizers")
     normalizers = _flat(tokenizer.get("normalizer"), "normalizers")
-    model: dict[str, Any] = tokenizer.get("model") or {}
+    model = tokenizer.get("model")
+    if not isinstance(model, dict):
+        return f"model {shown(model)}"
     if normalizers:
         return f"normalizer {_type(normalizers[0])}"
     if len(steps) != 1 or _type(steps[0]) != "ByteLevel":
@@ -120,7 +122,8 @@ def _flat(step: Any, key: str) -> list[Any]:
     if step is None:
         return []
     if _type(step) == "Sequence":
-        return [inner for part in step.get(key, []) for inner in _flat(part, key)]
+        parts = step.get(key)
+        return [inner for part in parts for inner in _flat(part, key)] if isinstance(parts, list) else []
     return [step]
 
 

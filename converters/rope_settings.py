@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mopeq_edge.errors import SourceError
+from mopeq_edge.errors import SourceError, shown
 from mopeq_edge.source.converter import Config
 
 NEEDED: Mapping[str, Sequence[str]] = {"linear": ("factor",), "yarn": ("factor", "original_max_position_embeddings")}
@@ -22,6 +22,8 @@ NEEDED: Mapping[str, Sequence[str]] = {"linear": ("factor",), "yarn": ("factor",
 _BETA_FAST, _BETA_SLOW = 32.0, 1.0
 _SAME = 1e-5
 """Relative; the growth given as a rounded number is still the same."""
+_HUGE = 2.0**64
+"""No setting is that large; whole numbers of config.json have no end."""
 _WRONG = "so no GGUF of this checkpoint would be right"
 
 
@@ -59,6 +61,10 @@ def rope_of(config: Config) -> tuple[str, dict[str, Any]]:
             f"config.json has rope settings {str(found)[:40]!r}, expected an object; use the weights' own"
         )
     kind = found.get("rope_type", found.get("type")) or "default"
+    if not isinstance(kind, str):
+        raise SourceError(
+            f"config.json has rope type {shown(kind)}, expected a name; use the config.json of the weights"
+        )
     beside = {key: config[key] for key in NEEDED.get(kind, ()) if key in config}
     return kind, {**beside, **found}
 
@@ -180,6 +186,8 @@ def _positive(settings: Mapping[str, Any], key: str, default: float | None = Non
     value = settings.get(key)
     if default is not None and not value:
         return default
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise SourceError(f"config.json has {key} {value!r}, expected a positive number; use the one of these weights")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < _HUGE:
+        raise SourceError(
+            f"config.json has {key} {shown(value)}, expected a positive number; use the one of these weights"
+        )
     return float(value)

@@ -155,7 +155,9 @@ def recipes_of(tables: Tables, shapes: Shapes) -> list[Recipe]:
     for layer in range(n_layer):
         prefix = f"{tables.layers_prefix}{layer}."
         rows |= {prefix + name: (row, f"blk.{layer}.") for name, row in tables.layer(layer).items()}
-    parts = {layer: _expert_parts(tables, layer, shapes) for layer in range(n_layer) if tables.sparse(layer)}
+    sparse = [layer for layer in range(n_layer) if tables.sparse(layer)]
+    _check_n_matrices(tables, len(sparse), shapes)
+    parts = {layer: _expert_parts(tables, layer, shapes) for layer in sparse}
     waiting = {layer: {part.tensor for stack in stacks.values() for part in stack} for layer, stacks in parts.items()}
     layer_of = {name: layer for layer, names in waiting.items() for name in names}
     wanted = set(rows)
@@ -200,6 +202,24 @@ def check_only(config: Config, only: Mapping[str, object], computed_as: str) -> 
 def sizes_of(config: Config, keys: Mapping[str, str]) -> dict[str, int]:
     """Sizes by name from the keys of config.json that hold them."""
     return {name: need_number(config, key) for name, key in keys.items()}
+
+
+MAX_PACKED = 2**16
+"""Experts of all layers together in checkpoints that have one tensor for all of a layer; those in use have 15,000."""
+
+
+def _check_n_matrices(tables: Tables, n_sparse: int, shapes: Shapes) -> None:
+    """The same of layers times experts, each of which is a tensor unless they are packed."""
+    experts = tables.experts
+    packed = any(name.endswith((f".{experts.gate_up}", f".{experts.down}")) for name in shapes)
+    if not packed:
+        check_count("num_experts", tables.sizes["expert"], shapes)
+        check_count("num_hidden_layers times num_experts", n_sparse * tables.sizes["expert"], shapes)
+    elif n_sparse * tables.sizes["expert"] > MAX_PACKED:
+        raise SourceError(
+            f"config.json has {n_sparse} layers of {tables.sizes['expert']} experts, expected at most {MAX_PACKED} "
+            "experts together; use the config.json of these weights"
+        )
 
 
 def check_count(key: str, count: int, shapes: Shapes) -> None:

@@ -55,9 +55,14 @@ def special_tokens(directory: Path, *, load_merges: bool = False, n_vocab: int |
     """A ``gguf.SpecialVocab`` of ``directory`` that decides as llama.cpp's copy of it. ``n_vocab``: ids end there."""
     try:
         special = gguf.SpecialVocab(directory, load_merges=load_merges, n_vocab=n_vocab)
-    except ValueError as error:
-        raise SourceError(f"{directory}: its special tokens cannot be read ({error}); download it again") from None
-    _follow_post_processor(special, directory)
+        _follow_post_processor(special, directory)
+    except FormatError:
+        raise
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError) as error:
+        # the gguf package takes the files to be of the form that tokenizers writes
+        raise SourceError(
+            f"{directory}: its special tokens cannot be read ({type(error).__name__}: {error}); download it again"
+        ) from None
     return special
 
 
@@ -111,8 +116,11 @@ def load_tokenizer(directory: Path) -> Any:
     was, log.disabled = log.disabled, True
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except Exception as error:
-        # transformers and tokenizers raise whatever they like for a bad file, bare Exception included
+    except BaseException as error:
+        # transformers and tokenizers raise whatever they like for a bad file, bare Exception included; a panic of the
+        # latter is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = " ".join(str(error).split())[:200]
         raise SourceError(f"{directory}: its tokenizer cannot be loaded ({reason}); download its files again") from None
     finally:

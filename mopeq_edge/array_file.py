@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from mopeq_edge.atomic import atomic_write
-from mopeq_edge.errors import FormatError
+from mopeq_edge.errors import FormatError, shown
+from mopeq_edge.json_file import parse_json
+from mopeq_edge.regular_file import regular_size
+
+_TYPES = ("F64", "F32", "I64", "I32")
+"""Of the arrays that we write."""
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -37,14 +43,43 @@ def read_arrays(path: Path, format_name: str, version: str, again: str) -> tuple
     """
     what = format_name.removeprefix("mopeq-edge ")
     try:
+        regular_size(path)
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             if (metadata.get("format"), metadata.get("version")) != (format_name, version):
                 raise FormatError(
                     f"{path}: expected '{format_name}' version {version}, found "
-                    f"{metadata.get('format')!r} version {metadata.get('version')!r}; {again}"
+                    f"{shown(metadata.get('format'))} version {shown(metadata.get('version'))}; {again}"
                 )
-            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return json.loads(metadata["info"]), arrays
+            arrays = {key: _array(file, key) for key in file.keys()}  # noqa: SIM118
+        info = parse_json(metadata["info"].encode())
+        if not isinstance(info, dict):
+            raise ValueError(f"its info is {shown(info)}, expected an object")
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise FormatError(f"{path}: cannot be read as {what} ({error}); {again}") from None
+    return info, arrays
+
+
+def _array(file: Any, key: str) -> npt.NDArray[Any]:
+    kind = file.get_slice(key).get_dtype()
+    if kind not in _TYPES:
+        raise ValueError(f"'{key}' is of type {kind}, expected one of {', '.join(_TYPES)}")
+    array: npt.NDArray[Any] = file.get_tensor(key)
+    if not np.isfinite(array).all():
+        raise ValueError(f"'{key}' holds a number that is none")
+    return array
+
+
+@contextmanager
+def refusing(path: Path, format_name: str, again: str) -> Iterator[None]:
+    """Turns what a reader stumbles over in (info, arrays) of another form into a :class:`FormatError`.
+
+    For plain look-ups and comparisons alone: nothing in the block may grow with a number from the file.
+    """
+    what = format_name.removeprefix("mopeq-edge ")
+    try:
+        yield
+    except KeyError as error:
+        raise FormatError(f"{path}: not {what} as mopeq-edge writes it ({error} is missing); {again}") from None
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
+        raise FormatError(f"{path}: not {what} as mopeq-edge writes it ({error}); {again}") from None

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mopeq_edge.atomic import atomic_write
-from mopeq_edge.errors import FormatError
+from mopeq_edge.errors import FormatError, shown
+from mopeq_edge.json_file import load_json
 
 
 def digest(value: Any) -> str:
@@ -36,10 +37,10 @@ def write_json(path: Path, format_name: str, version: int, body: Mapping[str, An
 def read_json(path: Path, format_name: str, version: int) -> dict[str, Any]:
     """Read what :func:`write_json` wrote. Raises :class:`FormatError` for another format or version."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = load_json(path)
     except (OSError, ValueError) as error:
         raise FormatError(f"{path}: cannot be read as JSON ({error}); make it again") from None
     found = (document.get("format"), document.get("version")) if isinstance(document, dict) else None
     if found != (format_name, version):
-        raise FormatError(f"{path}: expected '{format_name}' version {version}, found {found}; make it again")
+        raise FormatError(f"{path}: expected '{format_name}' version {version}, found {shown(found)}; make it again")
     return dict(document)

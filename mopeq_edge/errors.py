@@ -1,11 +1,39 @@
 """The errors that a user can cause. The CLI turns each into one line on stderr and exit code 1."""
 
+from __future__ import annotations
+
+import reprlib
+
+MOST_CHARACTERS = 2000
+"""Longest message: what a file calls its tensors may be as long as the file."""
+
+
+def printable(text: str, most: int = MOST_CHARACTERS) -> str:
+    """``text`` as one line of at most ``most`` characters that any terminal can be given.
+
+    Names in messages come from files: escape sequences, newlines and bytes that are no UTF-8 are shown, not sent.
+    """
+    if len(text) > most:
+        text = f"{text[: most * 3 // 4 - 5]} […] {text[len(text) - most // 4 :]}"
+    text = text.replace("\r\n", " ").replace("\n", " ").replace("\t", " ")
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(value: object) -> str:
+    """``value`` as it is written in Python, shortened: for a message about what a file has."""
+    return printable(reprlib.repr(value), 120)
+
 
 class MopeqError(Exception):
     """Base of all expected failures.
 
     The message is one line: the object, what was expected, what was found and what to do.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(str(message)))
 
 
 class SourceError(MopeqError):

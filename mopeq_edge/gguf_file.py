@@ -1,7 +1,8 @@
 """Read the header of a GGUF file: key-values, tensor infos, where the data starts.
 
-Every length, count and offset is checked against the file's size before it is used. Tensor data is
-not touched. Format: version 3 (and 2) little-endian, as ``ggml/docs/gguf.md`` describes.
+Every length, count and offset is checked against the file's size before it is used, and what a header may hold has a
+limit: time and memory are bounded by the constants below, whatever the file says and however large it is. Tensor data
+is not touched. Format: version 3 (and 2) little-endian, as ``ggml/docs/gguf.md`` describes.
 """
 
 from __future__ import annotations
@@ -14,14 +15,28 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mopeq_edge.errors import FormatError
+from mopeq_edge.errors import FormatError, printable, shown
 from mopeq_edge.ggml.types import BY_ID, GgmlType
+from mopeq_edge.regular_file import regular_size
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_NAME = 63
 """Longest tensor name that llama.cpp loads, in bytes."""
+
+MAX_KEY = 2**16 - 1
+"""Longest key that the format allows, in bytes."""
+
+MAX_ALIGNMENT = 2**20
+"""Largest alignment in bytes; files in use have 32, and the padding of a header is written from memory."""
+
+MAX_HEADER = 2**27
+"""Bytes from the file's start to its data: the largest vocabularies in use take a fifth of that."""
+
+MAX_KEYS, MAX_TENSORS = 2**16, 2**16
+MAX_ELEMENTS = 2**22
+"""Elements of all arrays together: tokens, types, scores and merges of the largest vocabularies are 1.4 million."""
 
 
 class ValueType(IntEnum):
@@ -109,12 +124,19 @@ class _Cursor:
 
     def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
         self.file, self.path, self.size, self.at = file, path, size, 0
+        self.elements = 0
+        """Of the arrays read so far."""
 
     def take(self, n: int, what: str) -> bytes:
         if n > self.size - self.at:
             raise FormatError(
                 f"{self.path}: truncated GGUF: {what} needs {n} bytes at offset {self.at}, "
                 f"but the file ends at {self.size}; download or convert it again"
+            )
+        if self.at + n > MAX_HEADER:
+            raise FormatError(
+                f"{self.path}: broken GGUF: {what} ends at byte {self.at + n}, expected a header of at most "
+                f"{MAX_HEADER} bytes; convert the model again"
             )
         data = self.file.read(n)
         if len(data) != n:
@@ -125,20 +147,42 @@ class _Cursor:
     def unpack(self, fmt: str, what: str) -> Any:
         return struct.unpack("<" + fmt, self.take(struct.calcsize("<" + fmt), what))[0]
 
-    def count(self, what: str, smallest: int) -> int:
-        """A count of items that take at least ``smallest`` bytes each."""
+    def count(self, what: str, smallest: int, most: int) -> int:
+        """A count of at most ``most`` items that take at least ``smallest`` bytes each."""
         n = int(self.unpack("Q", what))
         if n * smallest > self.size - self.at:
             raise FormatError(
                 f"{self.path}: broken GGUF: {what} is {n} at offset {self.at - 8}, "
                 f"more than the file's {self.size} bytes can hold"
             )
+        if n > most:
+            where = f"at offset {self.at - 8}"
+            raise FormatError(f"{self.path}: broken GGUF: {what} is {n} {where}, expected at most {most}")
+        return n
+
+    def length(self, what: str, smallest: int) -> int:
+        """The length of an array; all together have at most :data:`MAX_ELEMENTS`."""
+        n = self.count(f"length of {what}", smallest, MAX_ELEMENTS - self.elements)
+        self.elements += n
         return n
 
     def string(self, what: str) -> str:
-        raw = self.take(self.count(f"length of {what}", 1), what)
+        raw = self.take(self.count(f"length of {what}", 1, MAX_HEADER), what)
         # llama.cpp does not ask for valid UTF-8 (token pieces are bytes); keep every byte
         return raw.decode("utf-8", "surrogateescape")
+
+    def name(self, what: str, most: int) -> str:
+        """A key or a tensor's name: printable text of at most ``most`` bytes."""
+        n = self.count(f"length of {what}", 1, MAX_HEADER)
+        raw = self.take(min(n, most + 1), what)
+        text = raw.decode("utf-8", "surrogateescape")
+        if n > most:
+            raise FormatError(f"{self.path}: {what} '{printable(text, 80)}' is longer than {most} bytes ({n})")
+        if not text or not text.isprintable():
+            raise FormatError(
+                f"{self.path}: broken GGUF: {what} '{text}' at offset {self.at - n}, expected printable UTF-8"
+            )
+        return text
 
     def value_type(self, what: str) -> ValueType:
         number = self.unpack("I", f"type of {what}")
@@ -157,18 +201,16 @@ class _Cursor:
         if sub is ValueType.ARRAY:
             raise FormatError(f"{self.path}: key '{key}' is an array of arrays, which llama.cpp does not load")
         if sub is ValueType.STRING:
-            n = self.count(f"length of '{key}'", 8)
+            n = self.length(f"'{key}'", 8)
             return KV(kind, [self.string(f"element of '{key}'") for _ in range(n)], sub)
         fmt = SCALAR_FORMATS[sub]
         width = struct.calcsize("<" + fmt)
-        n = self.count(f"length of '{key}'", width)
+        n = self.length(f"'{key}'", width)
         return KV(kind, list(struct.unpack(f"<{n}{fmt}", self.take(n * width, f"values of '{key}'"))), sub)
 
 
 def _read_tensor(cursor: _Cursor) -> TensorInfo:
-    name = cursor.string("tensor name")
-    if len(name.encode("utf-8", "surrogateescape")) > MAX_NAME:
-        raise FormatError(f"{cursor.path}: tensor name '{name[:80]}' is longer than {MAX_NAME} bytes")
+    name = cursor.name("tensor name", MAX_NAME)
     n_dims = cursor.unpack("I", f"dimensions of tensor '{name}'")
     if not 1 <= n_dims <= 4:
         raise FormatError(f"{cursor.path}: tensor '{name}' has {n_dims} dimensions, expected 1 to 4")
@@ -191,7 +233,7 @@ def read_header(path: Path) -> GGUFHeader:
     Raises :class:`FormatError` if it is no GGUF, is truncated or contradicts itself.
     """
     try:
-        size = path.stat().st_size
+        size = regular_size(path)
         file = path.open("rb")
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror}); give the path of a GGUF file") from None
@@ -202,22 +244,32 @@ def read_header(path: Path) -> GGUFHeader:
         version = cursor.unpack("I", "version")
         if version not in VERSIONS:
             raise FormatError(f"{path}: GGUF version {version}, expected 2 or 3 (little-endian); convert it again")
-        n_tensors = cursor.count("tensor count", 24)
-        n_kvs = cursor.count("key-value count", 12)
+        n_tensors = cursor.count("tensor count", 24, MAX_TENSORS)
+        n_kvs = cursor.count("key-value count", 12, MAX_KEYS)
         kvs: dict[str, KV] = {}
         for _ in range(n_kvs):
-            key = cursor.string("key")
+            key = cursor.name("key", MAX_KEY)
             if key in kvs:
                 raise FormatError(f"{path}: key '{key}' appears twice")
             kvs[key] = cursor.value(key)
         tensors = tuple(_read_tensor(cursor) for _ in range(n_tensors))
         header_end = cursor.at
-    alignment = kvs["general.alignment"].value if "general.alignment" in kvs else DEFAULT_ALIGNMENT
-    if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-        raise FormatError(f"{path}: general.alignment is {alignment!r}, expected a power of two")
+    alignment = _alignment(path, kvs.get("general.alignment"))
     header = GGUFHeader(path, version, kvs, tensors, alignment, pad(header_end, alignment), size)
     _check_extents(header)
     return header
+
+
+def _alignment(path: Path, kv: KV | None) -> int:
+    if kv is None:
+        return DEFAULT_ALIGNMENT
+    value = kv.value
+    if kv.type is not ValueType.UINT32 or not 0 < value <= MAX_ALIGNMENT or value & (value - 1):
+        raise FormatError(
+            f"{path}: general.alignment is {shown(value)} ({kv.type.name}), expected a power of two up to "
+            f"{MAX_ALIGNMENT} (UINT32); convert the model again"
+        )
+    return int(value)
 
 
 def _check_extents(header: GGUFHeader) -> None:

@@ -7,18 +7,22 @@ its sums are sum_t |g_t|^2 x_tj^2 divided by a constant, kept in ``mopeq.imatrix
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mopeq_edge.atomic import atomic_write
-from mopeq_edge.errors import FormatError
+from mopeq_edge.errors import FormatError, shown
 from mopeq_edge.ggml.types import F32
-from mopeq_edge.gguf_file import KV, GGUFHeader, ValueType, read_header
+from mopeq_edge.gguf_file import KV, GGUFHeader, TensorInfo, ValueType, read_header
 from mopeq_edge.gguf_layout import layout, string, uint32
+from mopeq_edge.json_file import Check, is_count, is_number, is_texts
+from mopeq_edge.source.file_bytes import read_bytes
 
 Floats = npt.NDArray[np.float32]
 
@@ -29,6 +33,9 @@ EMBEDDING = "token_embd.weight"
 LOOKUP = "token_embd.lookup"
 """Entry of a gradient-weighted imatrix for an embedding that is the output matrix too (tied): what its look-ups are
 worth. The entry under the tensor's own name is then that of the output matrix, as in llama-imatrix."""
+
+MAX_COUNT = 2**32 - 1
+"""Of chunks, and of tokens in one: what their keys hold."""
 
 PRIOR_COUNT = 1.0
 """Tokens that the prior of a never-routed expert counts for."""
@@ -144,39 +151,75 @@ def read_imatrix(path: Path) -> Imatrix:
     missing = [k for k in ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size") if k not in header.kvs]
     if missing:
         raise FormatError(f"{path}: imatrix lacks {', '.join(missing)}; make it again with llama-imatrix or calibrate")
-    datasets, numbers = header.get("imatrix.datasets"), [header.get(f"imatrix.chunk_{k}") for k in ("count", "size")]
-    if not isinstance(datasets, list) or not all(isinstance(n, int) for n in numbers):
-        raise FormatError(f"{path}: imatrix.datasets is no list or imatrix.chunk_* no number; make it again")
+    said = {**_UNSAID, **{key: kv.value for key, kv in header.kvs.items() if key in _CHECKS}}
+    for key, (check, expected) in _CHECKS.items():
+        if not check(said[key]):
+            raise FormatError(f"{path}: {key} is {shown(said[key])}, expected {expected}; make it again")
     raw = _read_arrays(header)
     entries: dict[str, Entry] = {}
     for name in sorted({key.removesuffix(_SUMS).removesuffix(_COUNTS) for key in raw}):
         if name + _SUMS not in raw or name + _COUNTS not in raw:
             raise FormatError(f"{path}: imatrix entry '{name}' needs both {_SUMS} and {_COUNTS}; make it again")
-        sums, counts = raw[name + _SUMS], raw[name + _COUNTS].reshape(-1)
-        if sums.size % counts.size:
-            raise FormatError(f"{path}: imatrix entry '{name}' has {sums.size} sums for {counts.size} counts")
-        entries[name] = Entry(sums.reshape(counts.size, -1), counts)
-    filled, unrouted = with_prior(entries)
+        sums, counts = raw[name + _SUMS], raw[name + _COUNTS]
+        if counts.shape[1] != 1 or len(sums) != len(counts):
+            shapes = f"sums of shape {list(sums.shape)} and counts of shape {list(counts.shape)}"
+            raise FormatError(
+                f"{path}: imatrix entry '{name}' has {shapes}, expected [n, n_in] and [n, 1]; make it again"
+            )
+        entries[name] = Entry(sums, counts.reshape(-1))
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        filled, unrouted = with_prior(entries)
+        for name, entry in filled.items():
+            if not np.isfinite(entry.sums).all() or not np.isfinite(entry.mean()).all():
+                raise FormatError(
+                    f"{path}: imatrix entry '{name}' has a mean (sums over counts) beyond F32, expected the squares of "
+                    "activations; make it again"
+                )
     return Imatrix(
         entries=filled,
-        datasets=tuple(str(name) for name in datasets),
-        chunk_count=int(numbers[0]),
-        chunk_size=int(numbers[1]),
-        kind=header.get(_KIND_KEY) or ACTIVATION,
-        scale=float(header.get(_SCALE_KEY) or 1.0),
-        unrouted=unrouted or tuple(header.get(_UNROUTED_KEY) or ()),
+        datasets=tuple(said["imatrix.datasets"]),
+        chunk_count=said["imatrix.chunk_count"],
+        chunk_size=said["imatrix.chunk_size"],
+        kind=said[_KIND_KEY],
+        scale=float(said[_SCALE_KEY]),
+        unrouted=unrouted or tuple(said[_UNROUTED_KEY]),
     )
 
 
+_CHECKS: Mapping[str, tuple[Check, str]] = {
+    "imatrix.datasets": (is_texts, "a list of texts"),
+    "imatrix.chunk_count": (lambda value: is_count(value, MAX_COUNT), "a number of chunks"),
+    "imatrix.chunk_size": (lambda value: is_count(value, MAX_COUNT), "a number of tokens"),
+    _KIND_KEY: (lambda value: value in (ACTIVATION, GRADIENT), f"{ACTIVATION} or {GRADIENT}"),
+    _SCALE_KEY: (lambda value: is_number(value) and 0 < value < math.inf, "a positive number"),
+    _UNROUTED_KEY: (is_texts, "a list of texts"),
+}
+"""What a key must hold, and that in words."""
+
+_UNSAID: Mapping[str, Any] = {_KIND_KEY: ACTIVATION, _SCALE_KEY: 1.0, _UNROUTED_KEY: []}
+"""Keys that llama-imatrix does not write, and what is then so."""
+
+
 def _read_arrays(header: GGUFHeader) -> dict[str, Floats]:
+    """Matrices [n_matrices, n] of float32 by name."""
     arrays: dict[str, Floats] = {}
-    with header.path.open("rb") as file:
-        for info in header.tensors:
-            if info.type is not F32 or not info.name.endswith((_SUMS, _COUNTS)):
-                raise FormatError(f"{header.path}: tensor '{info.name}' ({info.type.name}) has no place in an imatrix")
-            file.seek(header.data_start + info.offset)
-            values = np.frombuffer(file.read(info.nbytes), dtype="<f4").astype(np.float32)
-            if not np.isfinite(values).all() or (values < 0).any():
-                raise FormatError(f"{header.path}: '{info.name}' holds negative or non-finite values; make it again")
-            arrays[info.name] = values
+    for info in header.tensors:
+        if info.type is not F32 or not info.name.endswith((_SUMS, _COUNTS)):
+            raise FormatError(f"{header.path}: tensor '{info.name}' ({info.type.name}) has no place in an imatrix")
+        n_in, n_matrices = _matrix_shape(header, info)
+        raw = read_bytes(header.path, header.data_start + info.offset, info.nbytes)
+        values = raw.view("<f4").astype(np.float32).reshape(n_matrices, n_in)
+        if not np.isfinite(values).all() or (values < 0).any():
+            raise FormatError(f"{header.path}: '{info.name}' holds negative or non-finite values; make it again")
+        arrays[info.name] = values
     return arrays
+
+
+def _matrix_shape(header: GGUFHeader, info: TensorInfo) -> tuple[int, int]:
+    # ggml drops trailing axes of 1
+    n_in, n_matrices, *more = (*info.shape, 1)
+    if math.prod(more) != 1:
+        raise FormatError(
+            f"{header.path}: '{info.name}' has shape {list(info.shape)}, expected a matrix; make it again"
+        )
+    return n_in, n_matrices

@@ -12,9 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from mopeq_edge.atomic import check_output
-from mopeq_edge.errors import FormatError, PlanError, SourceError
+from mopeq_edge.errors import FormatError, PlanError, SourceError, shown
 from mopeq_edge.gguf_file import KV, GGUFHeader, TensorInfo, ValueType, pad, read_header
 from mopeq_edge.gguf_layout import Layout, TensorSpec, encode_tensor, layout
+from mopeq_edge.json_file import is_count
 from mopeq_edge.output_kvs import PLAN_KEY
 
 NO, COUNT, TENSORS = "split.no", "split.count", "split.tensors.count"
@@ -26,7 +27,7 @@ MAX_FILES = 2**16 - 1
 
 UNITS: Mapping[str, int] = {"K": 10**3, "M": 10**6, "G": 10**9}
 
-_PART = re.compile(r"-(\d{5})-of-(\d{5})(?=\.gguf$)")
+_PART = re.compile(r"-([0-9]{5})-of-([0-9]{5})(?=\.gguf$)")
 
 
 def split_kvs(number: int, n_files: int, n_tensors: int) -> dict[str, KV]:
@@ -139,7 +140,11 @@ def read_parts(path: Path) -> tuple[GGUFHeader, ...]:
     """
     first = read_header(path)
     n_files = first.get(COUNT)
-    if not isinstance(n_files, int) or n_files < 2:
+    if n_files is None:
+        return (first,)
+    if not is_count(n_files, MAX_FILES):
+        raise FormatError(f"{path}: {COUNT} is {shown(n_files)}, expected a number of files; download it again")
+    if n_files < 2:
         return (first,)
     paths = gguf_parts(path)
     if first.get(NO) != 0:
@@ -151,9 +156,9 @@ def read_parts(path: Path) -> tuple[GGUFHeader, ...]:
             f"{path}: the first of {n_files} files of a split GGUF, expected a name that ends in "
             f"-00001-of-{n_files:05d}.gguf; give the files the names that they were made with"
         )
-    missing = [part.name for part in paths if not part.is_file()]
-    if missing:
-        raise SourceError(f"{path}: the first of {n_files} files, {missing[0]} is missing beside it; download it too")
+    missing = next((part.name for part in paths if not part.is_file()), None)
+    if missing is not None:
+        raise SourceError(f"{path}: the first of {n_files} files, {missing} is missing beside it; download it too")
     headers = (first, *(read_header(part) for part in paths[1:]))
     for number, header in enumerate(headers):
         if (header.get(NO), header.get(COUNT)) != (number, n_files):

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mopeq_edge.errors import printable
 from mopeq_edge.expert_groups.layout import VERSION
 from mopeq_edge.expert_groups.read import GroupedStack, is_part, read_groups
 from mopeq_edge.ggml.types import GgmlType
 from mopeq_edge.gguf_file import MAGIC, GGUFHeader
+from mopeq_edge.model_keys import check_model_keys
 from mopeq_edge.plan.artifact import PER_EXPERT, STOCK
 from mopeq_edge.source.roles import role_of
 from mopeq_edge.split import read_parts
@@ -100,6 +102,8 @@ def summarise(path: Path) -> Summary:
     header = headers[0]
     infos = [info for part in headers for info in part.tensors]
     stacks = read_groups(*headers)
+    shapes = [*((info.name, info.shape) for info in infos), *((stack.name, stack.shape) for stack in stacks)]
+    check_model_keys(path, header.kvs, shapes)
     architecture, kind = header.get("general.architecture"), header.get("general.type")
     by_type: Counter[str] = Counter()
     by_role: Counter[str] = Counter()
@@ -110,7 +114,7 @@ def summarise(path: Path) -> Summary:
         path=path,
         layout=PER_EXPERT if stacks else STOCK,
         architecture=architecture if isinstance(architecture, str) else None,
-        kind=kind if isinstance(kind, str) else "unknown",
+        kind=printable(kind, 80) if isinstance(kind, str) else "unknown",
         n_layer=_number(header, f"{architecture}.block_count"),
         n_expert=_number(header, f"{architecture}.expert_count"),
         n_expert_used=_number(header, f"{architecture}.expert_used_count"),

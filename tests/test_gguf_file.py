@@ -1,6 +1,8 @@
 """Headers: golden bytes by hand, gguf-py's reader and writer on the other side, and hostile files."""
 
+import os
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 
+from mopeq_edge import gguf_file
 from mopeq_edge.errors import FormatError
 from mopeq_edge.ggml.types import BY_NAME, F16, F32
 from mopeq_edge.gguf_file import KV, TensorInfo, ValueType, pad, read_header
@@ -195,6 +198,20 @@ HOSTILE = {
         header(key("general.alignment", 9, struct.pack("<IQI", 4, 1, 32))),
         r"general.alignment is \[32\]",
     ),
+    "alignment of another type": (
+        header(key("general.alignment", 10, b"\x20" + bytes(7))),
+        r"general.alignment is 32 \(UINT64\), expected .* \(UINT32\)",
+    ),
+    "huge alignment": (
+        header(key("general.alignment", 4, struct.pack("<I", 2**31))),
+        "general.alignment is 2147483648",
+    ),
+    "key without a letter": (header(key("", 0, b"\1")), "key '' at offset 32, expected printable UTF-8"),
+    "key that is no UTF-8": (header(struct.pack("<Q", 1) + b"\xff" + struct.pack("<IB", 0, 1)), r"key '\\udcff' at"),
+    "key with an escape": (header(key("\x1b[2J", 0, b"\1")), r"key '\\x1b\[2J' at offset 32, expected printable"),
+    "key too long": (header(key("k" * 2**16, 0, b"\1")), r"key 'kkk.*kkk' is longer than 65535 bytes \(65536\)"),
+    "name with a newline": (header(tensors=info("a\n", (1,), 0, 0), n_tensors=1), "tensor name 'a ' at offset"),
+    "no name": (header(tensors=info("", (1,), 0, 0), n_tensors=1), "tensor name '' at offset"),
     "tensor twice": (header(tensors=A + info("a", (1,), 0, 32), n_tensors=2), "tensor 'a' appears twice"),
     "long name": (header(tensors=info("x" * 64, (1,), 0, 0), n_tensors=1), "is longer than 63 bytes"),
     "no axes": (header(tensors=info("a", (), 0, 0), n_tensors=1), "has 0 dimensions"),
@@ -219,6 +236,59 @@ def test_hostile(tmp_path: Path, name: str) -> None:
     with pytest.raises(FormatError, match=message) as caught:
         read_header(path)
     assert str(path) in str(caught.value)
+
+
+def test_hostile_takes_no_memory_and_no_more_reads_than_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, calls = tmp_path / "bad.gguf", []
+    take = gguf_file._Cursor.take
+    monkeypatch.setattr(gguf_file._Cursor, "take", lambda *args: calls.append(args[1]) or take(*args))
+    for name, (raw, _) in HOSTILE.items():
+        path.write_bytes(raw + bytes(256))
+        calls.clear()
+        tracemalloc.start()
+        try:
+            with pytest.raises(FormatError):
+                read_header(path)
+            assert tracemalloc.get_traced_memory()[1] < 10 * len(raw) + 500_000, name
+        finally:
+            tracemalloc.stop()
+        assert len(calls) <= len(raw) + 256
+
+
+LIMITED: dict[str, tuple[bytes, str]] = {
+    "tensors": (b"GGUF" + struct.pack("<IQQ", 3, 2**16 + 1, 0), "tensor count is 65537 .* expected at most 65536"),
+    "keys": (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**16 + 1), "key-value count is 65537 .* expected at most 65536"),
+    "array": (header(key("k", 9, struct.pack("<IQ", 0, 2**22 + 1))), "length of 'k' is 4194305 .* at most 4194304"),
+    "arrays": (
+        header(key("a", 9, struct.pack("<IQ", 0, 2**22) + bytes(2**22)), key("b", 9, struct.pack("<IQ", 0, 1))),
+        "length of 'b' is 1 .* expected at most 0",
+    ),
+    "string": (header(key("k", 8, struct.pack("<Q", 2**27))), "a header of at most 134217728 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", LIMITED)
+def test_limits_of_a_large_file(tmp_path: Path, name: str) -> None:
+    """A gigabyte that takes no disk: large enough for every count, so that only the limits stop them."""
+    raw, message = LIMITED[name]
+    path = tmp_path / "large.gguf"
+    with path.open("wb") as file:
+        file.write(raw)
+        file.truncate(2**30)
+    tracemalloc.start()
+    try:
+        with pytest.raises(FormatError, match=message):
+            read_header(path)
+        # a list of 4 million small numbers is 32 MiB and is there once while it is unpacked
+        assert tracemalloc.get_traced_memory()[1] < (100_000_000 if name == "arrays" else 1_000_000)
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "m.gguf")
+    with pytest.raises(FormatError, match="it is no regular file"):
+        read_header(tmp_path / "m.gguf")
 
 
 def test_no_file(tmp_path: Path) -> None:

@@ -193,8 +193,19 @@ def test_a_file_with_an_unrouted_expert(tmp_path: Path) -> None:
         ({"imatrix.datasets": None}, "imatrix lacks imatrix.datasets; "),
         ({"imatrix.chunk_count": None}, "imatrix lacks imatrix.chunk_count; "),
         ({"imatrix.chunk_size": None, "imatrix.datasets": None}, "lacks imatrix.datasets, imatrix.chunk_size; "),
-        ({"imatrix.chunk_size": string("many")}, "imatrix.chunk_. no number"),
-        ({"imatrix.datasets": uint32(3)}, "imatrix.datasets is no list"),
+        ({"imatrix.chunk_size": string("many")}, "imatrix.chunk_size is 'many', expected a number"),
+        ({"imatrix.datasets": uint32(3)}, "imatrix.datasets is 3, expected a list"),
+        ({"imatrix.chunk_count": KV(ValueType.INT32, -1)}, "imatrix.chunk_count is -1, expected a number"),
+        ({"imatrix.chunk_count": KV(ValueType.BOOL, True)}, "imatrix.chunk_count is True, expected a number"),
+        ({"imatrix.chunk_size": KV(ValueType.UINT64, 2**40)}, "imatrix.chunk_size is 1099511627776, expected"),
+        (
+            {"imatrix.datasets": KV(ValueType.ARRAY, [1], ValueType.UINT8)},
+            r"imatrix.datasets is \[1\], expected a list",
+        ),
+        ({"mopeq.imatrix.kind": uint32(1)}, "mopeq.imatrix.kind is 1, expected activation or gradient"),
+        ({"mopeq.imatrix.scale": KV(ValueType.FLOAT64, 0.0)}, "mopeq.imatrix.scale is 0.0, expected a positive"),
+        ({"mopeq.imatrix.scale": KV(ValueType.FLOAT64, float("nan"))}, "mopeq.imatrix.scale is nan, expected"),
+        ({"mopeq.imatrix.unrouted": string("x")}, "mopeq.imatrix.unrouted is 'x', expected a list"),
     ],
 )
 def test_refused_for_its_metadata(tmp_path: Path, change: Mapping[str, KV | None], message: str) -> None:
@@ -215,7 +226,12 @@ def test_refused_for_its_metadata(tmp_path: Path, change: Mapping[str, KV | None
         ({"x.in_sum2": [[1, np.inf]], "x.counts": [[1]]}, "'x.in_sum2' holds negative or non-finite"),
         ({"x.in_sum2": [[1, 2]], "x.counts": [[-1]]}, "'x.counts' holds negative or non-finite"),
         ({"x.in_sum2": [[1, 2]], "x.counts": [[np.nan]]}, "'x.counts' holds negative or non-finite"),
-        ({"x.in_sum2": [[1, 2, 3]], "x.counts": [[1], [2]]}, "'x' has 3 sums for 2 counts"),
+        (
+            {"x.in_sum2": [[1, 2, 3]], "x.counts": [[1], [2]]},
+            r"'x' has sums of shape \[1, 3\] and counts of shape \[2, 1\]",
+        ),
+        ({"x.in_sum2": [[1, 2]], "x.counts": [[1, 1]]}, r"expected \[n, n_in\] and \[n, 1\]"),
+        ({"x.in_sum2": [[3e38, 2]], "x.counts": [[1e-30]]}, "'x' has a mean .sums over counts. beyond F32"),
         ({"x.weight": [[1, 2]]}, r"tensor 'x.weight' \(F32\) has no place in an imatrix"),
     ],
 )

@@ -68,6 +68,7 @@ def test_frameworks_stay_where_models_run() -> None:
         "train_moe",
         "narrow_experts",
         "vision_language_checkpoints",
+        "fuzz/seeds",
     )
     models_run_in = ("mopeq_edge/calibrate/", "converters/", *(f"tools/{name}.py" for name in tools))
     pickles_are_read_in = "mopeq_edge/source/torch_file.py"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mopeq_edge.calibrate.experts import ExpertWeights, RoutedExperts, Tap, gated_by
 from mopeq_edge.calibrate.latent import ATTENTION, LatentWatch
-from mopeq_edge.errors import CalibrationError
+from mopeq_edge.errors import CalibrationError, SourceError, printable
 from mopeq_edge.ggml.types import BF16, F16, MXFP4, GgmlType
 from mopeq_edge.imatrix import EMBEDDING
 from mopeq_edge.source.converter import Part
@@ -220,11 +220,19 @@ def _build(source: HuggingFaceSource) -> tuple[Any, Any]:
             return config, base.eval()
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
-        # the weights are ours to read, whatever they are stored in
-        config.quantization_config = None
-        config._attn_implementation = _attention(source)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        try:
+            config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+            # the weights are ours to read, whatever they are stored in
+            config.quantization_config = None
+            config._attn_implementation = _attention(source)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+        except Exception as error:
+            # transformers raises whatever it likes for a config.json of another model, or one that needs its own code
+            reason = printable(str(error), 200)
+            raise SourceError(
+                f"{source.path}: transformers cannot build the model of its config.json ({reason}); "
+                "use the config.json of these weights"
+            ) from None
         return config, getattr(model, model.base_model_prefix)
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mopeq_edge.array_file import read_arrays, write_arrays
+from mopeq_edge.array_file import read_arrays, refusing, write_arrays
+from mopeq_edge.errors import shown
 from mopeq_edge.imatrix import Entry, Imatrix, with_prior
+from mopeq_edge.json_file import is_count
 from mopeq_edge.source.model import Source
 from mopeq_edge.source.roles import Role, layer_of, projection_of
 
@@ -82,14 +84,19 @@ def write_routing(routing: Routing, path: Path, made_from: str) -> None:
 
 def read_routing(path: Path) -> Routing:
     """Read what :func:`write_routing` wrote. Raises :class:`FormatError` for anything else."""
-    info, arrays = read_arrays(path, FORMAT, VERSION, "calibrate again")
-    layers = sorted(int(key.split(".")[1]) for key in arrays if key.endswith(".counts"))
-    return Routing(
-        n_tokens=int(info["n_tokens"]),
-        counts={n: arrays[f"blk.{n}.counts"] for n in layers},
-        gate_weights={n: arrays[f"blk.{n}.gate_weights"] for n in layers if f"blk.{n}.gate_weights" in arrays},
-        token_counts=arrays["token_counts"],
-    )
+    again = "calibrate again"
+    info, arrays = read_arrays(path, FORMAT, VERSION, again)
+    with refusing(path, FORMAT, again):
+        layers = sorted(int(key.split(".")[1]) for key in arrays if key.endswith(".counts"))
+        if not is_count(info["n_tokens"]):
+            raise ValueError(f"n_tokens is {shown(info['n_tokens'])}")
+        counts = {n: arrays[f"blk.{n}.counts"] for n in layers}
+        weights = {n: arrays[f"blk.{n}.gate_weights"] for n in layers if f"blk.{n}.gate_weights" in arrays}
+        if any(array.ndim != 1 or (array < 0).any() for array in (arrays["token_counts"], *counts.values())):
+            raise ValueError("counts are no vectors of numbers that are not negative")
+        if any(found.shape != counts[n].shape for n, found in weights.items()):
+            raise ValueError("gate weights are of another shape than the counts")
+        return Routing(info["n_tokens"], counts, weights, arrays["token_counts"])
 
 
 def routing_from_imatrix(imatrix: Imatrix, source: Source, token_counts: Doubles | None = None) -> Routing:

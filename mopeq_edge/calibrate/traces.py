@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from mopeq_edge.array_file import read_arrays, write_arrays
+from mopeq_edge.array_file import read_arrays, refusing, write_arrays
 from mopeq_edge.calibrate.statistics import Doubles
+from mopeq_edge.json_file import Check, is_count, is_number, is_texts, require
 from mopeq_edge.source.roles import layer_of
 
 FORMAT, VERSION = "mopeq-edge trace", "1"
@@ -102,14 +103,20 @@ def write_traces(traces: Traces, path: Path) -> None:
 
 def read_traces(path: Path) -> Traces:
     """Read what :func:`write_traces` wrote. Raises :class:`FormatError` for anything else."""
-    info, arrays = read_arrays(path, FORMAT, VERSION, "calibrate with --trace again")
+    again = "calibrate with --trace again"
+    info, arrays = read_arrays(path, FORMAT, VERSION, again)
 
     def by_tensor(kind: str) -> dict[str, Doubles]:
         return {key.partition("/")[2]: values for key, values in sorted(arrays.items()) if key.startswith(f"{kind}/")}
 
+    means, errors = by_tensor("mean_diagonal"), by_tensor("standard_error")
+    with refusing(path, FORMAT, again):
+        require(info, _INFO)
+        if any(errors[name].shape != found.shape or found.ndim != 1 for name, found in means.items()):
+            raise ValueError("estimates and their errors are of different shapes")
     return Traces(
-        by_tensor("mean_diagonal"),
-        by_tensor("standard_error"),
+        means,
+        errors,
         info["n_probes"],
         info["n_tokens"],
         info["loss"],
@@ -117,3 +124,13 @@ def read_traces(path: Path) -> Traces:
         info["source_sha256"],
         info["made_from"],
     )
+
+
+_INFO: dict[str, Check] = {
+    "clamped": is_texts,
+    "loss": is_number,
+    "made_from": lambda value: isinstance(value, str),
+    "n_probes": is_count,
+    "n_tokens": is_count,
+    "source_sha256": lambda value: isinstance(value, str),
+}

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from mopeq_edge.errors import printable
+
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
@@ -62,7 +64,7 @@ class _Bars:
             self._bars.update(task, completed=total if sys.exc_info()[0] is None else None, refresh=True)
 
     def note(self, message: str) -> None:
-        self._bars.console.print(message, highlight=False, markup=False, soft_wrap=True)
+        self._bars.console.print(printable(message), highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.format import open_memmap
 
 from mopeq_edge.atomic import atomic_write
 from mopeq_edge.binding import Floats, Tokens
 from mopeq_edge.errors import FormatError, OutputError
 from mopeq_edge.evaluate.chunks import Positions, first_counted
+from mopeq_edge.json_file import load_json
 from mopeq_edge.units import format_bytes
 
 FORMAT = 1
@@ -86,18 +88,19 @@ def open_reference(work_dir: Path, key: ReferenceKey) -> ReferenceLogits | None:
     if not (folder / _META).is_file():
         return None
     try:
-        meta = json.loads((folder / _META).read_bytes())
-        tokens = np.load(folder / _TOKENS)
-        logits = np.load(folder / _LOGITS, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
+        meta = load_json(folder / _META)
+        # mapped, and as one array: np.load would also read archives, and allocate what a header claims
+        tokens, logits = (open_memmap(folder / name, mode="r") for name in (_TOKENS, _LOGITS))
+    except (OSError, ValueError, EOFError, TypeError, OverflowError, SyntaxError) as error:
         raise _broken(folder, f"cannot be read ({error})") from None
     _check(folder, "format and key", {"format": FORMAT, **asdict(key)}, _without(meta, "n_vocab", "source_name"))
     _check(folder, "type of the tokens", np.dtype(np.int32), tokens.dtype)
     _check(folder, "type of the logits", np.dtype(np.float32), logits.dtype)
+    _check(folder, "axes of the tokens", 2, tokens.ndim)
     _check(folder, "shape of the tokens", (len(tokens), key.n_ctx), tokens.shape)
     shape = (len(tokens), n_rows(key.n_ctx, key.positions), meta.get("n_vocab"))
     _check(folder, "shape of the logits", shape, logits.shape)
-    return ReferenceLogits(folder, key, str(meta.get("source_name")), tokens, logits)
+    return ReferenceLogits(folder, key, str(meta.get("source_name")), np.array(tokens), logits)
 
 
 def write_reference(

@@ -13,6 +13,7 @@ from mopeq_edge.errors import FormatError
 from mopeq_edge.expert_groups.layout import ABSENT, MAX_GROUPS, VERSION, VERSION_KEY, ExpertGroup, Grouping
 from mopeq_edge.ggml.types import I32
 from mopeq_edge.gguf_file import GGUFHeader, TensorInfo, ValueType
+from mopeq_edge.model_keys import MAX_EXPERTS
 
 _STACK = r"^(blk\.[0-9]+\.ffn_(?:gate|up|down|gate_up)_exps)"
 _GROUP = re.compile(_STACK + r"\.([0-9]+)\.weight$")
@@ -104,6 +105,8 @@ def _read_stack(first: GGUFHeader, base: str, numbered: Mapping[int, TensorInfo]
         raise _error(header, table.name, f"I32 [{n_groups}, n_expert] for {n_groups} groups, found {instead}")
     if sum(n_rows) != table.shape[1]:
         raise _error(header, table.name, f"{sum(n_rows)} experts as in its groups, found {table.shape[1]}")
+    if table.shape[1] > MAX_EXPERTS:
+        raise _error(header, table.name, f"at most {MAX_EXPERTS} experts, found {table.shape[1]}")
     experts = _experts_by_group(header, table, n_rows)
     parts = tuple(ExpertGroup(info.type, rows) for info, rows in zip(groups, experts, strict=True))
     return GroupedStack(stack, (shapes[0][0], shapes[0][1], sum(n_rows)), parts)

@@ -7,13 +7,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mopeq_edge.errors import SourceError
+from mopeq_edge.errors import SourceError, shown
 from mopeq_edge.expert_groups.layout import file_specs
 from mopeq_edge.ggml.types import GgmlType
 from mopeq_edge.gguf_file import KV, GGUFHeader
 from mopeq_edge.gguf_layout import TensorSpec
+from mopeq_edge.json_file import is_count
+from mopeq_edge.model_keys import MAX_LAYERS, check_model_keys
 from mopeq_edge.plan.artifact import Plan
 from mopeq_edge.source.model import Source, SourceTensor
+
+MAX_NUMBER = 2**31 - 1
+"""Of any hyperparameter: what llama.cpp keeps in an int32."""
+
+MAX_CHOSEN = 2**14
+"""Experts that a token passes, in all blocks: each is a node of the graph. Models in use have 500."""
 
 _GROUP = re.compile(r"_exps\.[0-9]+\.weight$")
 _MAP_END = "_exps.map"
@@ -114,6 +122,8 @@ def model_of_gguf(headers: tuple[GGUFHeader, ...]) -> Model:
     """The model in a GGUF of one or more files (:func:`mopeq_edge.split.read_parts`)."""
     tensors = tuple(StoredTensor(t.name, t.shape, t.type) for header in headers for t in header.tensors)
     first = headers[0]
+    stacks = {tensor.stack for tensor in tensors if tensor.stack != tensor.name}
+    check_model_keys(first.path, first.kvs, ((t.name, t.shape) for t in tensors if t.stack not in stacks))
     return Model(
         str(first.path),
         hyperparameters(str(first.path), first.kvs),
@@ -163,30 +173,44 @@ class _Reader:
 
     def number(self, key: str, default: int | None = None) -> int:
         value = self.value(key)
-        if isinstance(value, list):
+        if isinstance(value, list) and all(is_count(item, MAX_NUMBER) for item in value):
             value = max(value, default=None)
         if value is None:
             value = default
-        if not isinstance(value, int):
+        if value is None:
             raise SourceError(f"{self.name}: key '{self.architecture}.{key}' is missing; convert the model again")
-        return value
+        if not is_count(value, MAX_NUMBER):
+            raise SourceError(
+                f"{self.name}: key '{self.architecture}.{key}' is {shown(value)}, expected a whole number; "
+                "convert the model again"
+            )
+        return int(value)
 
     def layers(self, key: str, n_layer: int, default: int | None = None) -> tuple[int, ...]:
         value = self.value(key)
+        number = self.number(key, default)
         if isinstance(value, list) and len(value) == n_layer:
-            return tuple(int(v) for v in value)
-        return (self.number(key, default),) * n_layer
+            return tuple(value)
+        return (number,) * n_layer
 
 
 def hyperparameters(name: str, kvs: Mapping[str, KV]) -> Hyperparameters:
     """Read them from the key-values of a GGUF. Raises :class:`SourceError` for one that is missing."""
     read = _Reader(name, kvs)
     n_layer = read.number("block_count") - read.number("nextn_predict_layers", 0)
+    if not 0 < n_layer <= MAX_LAYERS:
+        raise SourceError(f"{name}: has {n_layer} blocks, expected 1 to {MAX_LAYERS}; convert the model again")
+    n_used = read.number("expert_used_count", 0)
+    if n_layer * n_used > MAX_CHOSEN:
+        raise SourceError(
+            f"{name}: has {n_layer} blocks with {n_used} experts used in each, expected at most {MAX_CHOSEN} together; "
+            "convert the model again"
+        )
     n_embd = read.number("embedding_length")
     n_head = read.layers("attention.head_count", n_layer)
     default_head = n_embd // max(n_head) if max(n_head) else 0
     tokens = kvs.get("tokenizer.ggml.tokens")
-    n_vocab = len(tokens.value) if tokens is not None else read.number("vocab_size")
+    n_vocab = len(tokens.value) if tokens is not None and isinstance(tokens.value, list) else read.number("vocab_size")
     n_swa = read.number("attention.sliding_window", 0)
     head_k = read.number("attention.key_length", default_head)
     return Hyperparameters(
@@ -203,7 +227,7 @@ def hyperparameters(name: str, kvs: Mapping[str, KV]) -> Hyperparameters:
         n_swa=n_swa,
         swa=_swa_layers(read, n_layer),
         n_expert=read.number("expert_count", 0),
-        n_expert_used=read.number("expert_used_count", 0),
+        n_expert_used=n_used,
         n_expert_groups=read.number("expert_group_count", 0),
         n_dense_lead=read.number("leading_dense_block_count", 0),
         kv_lora=read.number("attention.kv_lora_rank", 0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mopeq_edge.errors import SourceError
 from mopeq_edge.gguf_file import GGUFHeader
 from mopeq_edge.memory.allocate import CPU_ALIGNMENT, CUDA_ALIGNMENT, buffer_size
 from mopeq_edge.memory.architectures import build_graph, is_exact
@@ -101,8 +102,19 @@ WORK, PROGRAM, LIBRARIES, VISION = "CPU work buffer", "llama.cpp itself", "progr
 def predict(model: Model, settings: Settings, cpu: Cpu, vision: tuple[GGUFHeader, ...] = ()) -> Prediction:
     """What llama.cpp takes for ``model`` with ``settings`` on ``cpu``; ``vision`` is an mmproj file beside it.
 
-    Raises :class:`MopeqError` for settings that llama.cpp refuses.
+    Raises :class:`MopeqError` for settings that llama.cpp refuses, and for a model whose numbers and tensors contradict
+    each other.
     """
+    try:
+        return _predict(model, settings, cpu, vision)
+    except (ValueError, IndexError, TypeError, ArithmeticError) as error:
+        # the graph follows the numbers of the file, of which not every contradiction has a check of its own
+        raise SourceError(
+            f"{model.name}: its numbers and the shapes of its tensors make no graph ({error}); convert the model again"
+        ) from None
+
+
+def _predict(model: Model, settings: Settings, cpu: Cpu, vision: tuple[GGUFHeader, ...]) -> Prediction:
     hparams = model.hparams
     resolved = resolve(settings, hparams)
     cache = kv_cache(hparams, settings, resolved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from mopeq_edge.artifacts import digest, read_json, write_json
-from mopeq_edge.errors import FormatError
-from mopeq_edge.expert_groups.layout import ExpertGroup, Grouping
+from mopeq_edge.errors import FormatError, printable
+from mopeq_edge.expert_groups.layout import MAX_GROUPS, ExpertGroup, Grouping
 from mopeq_edge.ggml.types import BY_NAME, F32, I32, GgmlType
+from mopeq_edge.gguf_file import MAX_NAME, MAX_TENSORS
+from mopeq_edge.json_file import Check, is_count, is_number, is_texts, require
 from mopeq_edge.source.model import SourceTensor
 from mopeq_edge.source.padded import ExpertPadding
 from mopeq_edge.units import plural
@@ -20,6 +23,9 @@ FORMAT, VERSION = "mopeq-edge plan", 4
 STOCK, PER_EXPERT = "stock", "per-expert"
 LAYOUTS = (STOCK, PER_EXPERT)
 KNAPSACK, MOPEQ = "knapsack", "mopeq"
+MAX_EXPERTS = 2**14
+"""Experts of a stack; the largest number that llama.cpp loads is 1024."""
+
 MIXED = "mixed"
 """Type of a stack whose experts have several; its groups have the types."""
 
@@ -146,29 +152,126 @@ def read_plan(path: Path) -> Plan:
     document = read_json(path, FORMAT, VERSION)
     fields = {key: value for key, value in document.items() if key not in ("format", "version")}
     try:
-        fields["tensors"] = tuple(_tensor(t) for t in fields["tensors"])
-        fields["types"] = tuple(fields["types"])
-        fields["precision_map"] = _precision_map(fields["precision_map"])
+        fields = require(fields, _PLAN)
+        tensors = tuple(_tensor(t) for t in fields["tensors"])
+        if len({tensor.name for tensor in tensors}) != len(tensors):
+            name, _ = Counter(tensor.name for tensor in tensors).most_common(1)[0]
+            raise ValueError(f"tensor '{name}' appears twice")
         padding = fields["expert_padding"]
-        fields["expert_padding"] = None if padding is None else ExpertPadding(**padding)
-        plan = Plan(**fields)
-        plan.type_of()
-    except (KeyError, TypeError, ValueError) as error:
+        return Plan(
+            **{
+                **fields,
+                "tensors": tensors,
+                "types": tuple(fields["types"]),
+                "precision_map": _precision_map(fields["precision_map"]),
+                "expert_padding": None if padding is None else ExpertPadding(**require(padding, _PADDING)),
+            }
+        )
+    except ValueError as error:
         raise FormatError(f"{path}: not a plan as mopeq-edge writes it ({error}); plan again") from None
-    return plan
 
 
-def _tensor(fields: Mapping[str, Any]) -> PlannedTensor:
-    groups = tuple(PlannedGroup(**group) for group in fields["groups"])
-    if bool(groups) != (fields["type"] == MIXED):
-        raise ValueError(f"tensor '{fields['name']}' of type '{fields['type']}' in {len(groups)} groups")
-    return PlannedTensor(**{**fields, "shape": tuple(fields["shape"]), "groups": groups})
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value.isprintable() and 0 < len(value.encode()) <= MAX_NAME
 
 
-def _precision_map(fields: Mapping[str, Any] | None) -> PrecisionMap | None:
-    if fields is None:
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_type(value: object) -> bool:
+    return isinstance(value, str) and value in BY_NAME
+
+
+def _are_types(value: object) -> bool:
+    return is_texts(value) and all(_is_type(name) for name in value)  # type: ignore[attr-defined]
+
+
+def _is_shape(value: object) -> bool:
+    return isinstance(value, list) and 1 <= len(value) <= 4 and all(is_count(n) and n > 0 for n in value)
+
+
+def _or_none(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+_PLAN: dict[str, Check] = {
+    **dict.fromkeys(("planner", "sensitivity", "unit", "quantized_with", "made_from"), _is_text),
+    **dict.fromkeys(("file_bytes", "header_bytes", "smallest_bytes", "largest_bytes"), is_count),
+    "layout": lambda value: value in LAYOUTS,
+    "budget_bytes": _or_none(is_count),
+    "damage": is_number,
+    "gap": _or_none(is_number),
+    "types": _are_types,
+    "tensors": lambda value: isinstance(value, list) and len(value) <= MAX_TENSORS,
+    "n_weights": lambda value: is_count(value) and value > 0,
+    "precision_map": lambda _: True,
+    "expert_padding": lambda _: True,
+}
+_TENSOR: dict[str, Check] = {
+    "name": _is_name,
+    "role": _is_text,
+    "shape": _is_shape,
+    "type": lambda value: value == MIXED or _is_type(value),
+    "nbytes": is_count,
+    "damage": is_number,
+    "groups": lambda value: isinstance(value, list) and len(value) <= MAX_GROUPS,
+}
+_GROUP: dict[str, Check] = {"type": _is_type, "experts": _is_text, "nbytes": is_count}
+_PADDING: dict[str, Check] = {
+    "key": _is_text,
+    "width": lambda value: is_count(value) and value > 0,
+    "padded": lambda value: is_count(value) and value > 0,
+    "shared": lambda value: isinstance(value, bool),
+}
+_MAP: dict[str, Check] = {
+    "scope": _is_text,
+    "types": _are_types,
+    "experts": lambda value: isinstance(value, list) and all(is_count(n) for n in value),
+    "unscaled_bytes": is_count,
+    "steps": lambda value: type(value) is int,
+}
+"""What every field must be; none may be missing, no other one there."""
+
+
+def _tensor(found: object) -> PlannedTensor:
+    fields = require(found, _TENSOR)
+    groups = tuple(PlannedGroup(**require(group, _GROUP)) for group in fields["groups"])
+    tensor = PlannedTensor(**{**fields, "shape": tuple(fields["shape"]), "groups": groups})
+    problem = _problem(tensor)
+    if problem is not None:
+        raise ValueError(f"tensor '{tensor.name}': {problem}")
+    return tensor
+
+
+def _problem(tensor: PlannedTensor) -> str | None:
+    """Why ``tensor`` cannot be written, or None."""
+    if not tensor.groups:
+        if tensor.type == MIXED:
+            return f"of type '{MIXED}' in no groups"
+        return None if BY_NAME[tensor.type].fits(tensor.shape[0]) else f"rows of {tensor.shape[0]} in {tensor.type}"
+    if tensor.type != MIXED:
+        return f"of type '{tensor.type}' in {len(tensor.groups)} groups"
+    if len(tensor.shape) != 3 or tensor.shape[2] > MAX_EXPERTS:
+        return f"a stack of shape {list(tensor.shape)}, expected three axes and at most {MAX_EXPERTS} experts"
+    n_expert = tensor.shape[2]
+    experts = [expert for group in tensor.groups for expert in ids_of(group.experts, n_expert)]
+    if sorted(experts) != list(range(n_expert)):
+        return f"its groups hold {len(experts)} experts, expected each of {n_expert} once"
+    misfit = next((g.type for g in tensor.groups if not BY_NAME[g.type].fits(tensor.shape[0])), None)
+    return None if misfit is None else f"rows of {tensor.shape[0]} in {misfit}"
+
+
+def _precision_map(found: object) -> PrecisionMap | None:
+    if found is None:
         return None
+    fields = require(found, _MAP)
+    if len(fields["types"]) != len(fields["experts"]):
+        raise ValueError(f"precision_map has {len(fields['types'])} types for {len(fields['experts'])} numbers")
     return PrecisionMap(**{**fields, "types": tuple(fields["types"]), "experts": tuple(fields["experts"])})
+
+
+_RUN = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
 
 
 def id_runs(ids: Iterable[int]) -> str:
@@ -182,14 +285,17 @@ def id_runs(ids: Iterable[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def ids_of(runs: str) -> tuple[int, ...]:
-    """What :func:`id_runs` was given. Raises :class:`ValueError` for anything else."""
+def ids_of(runs: str, n_expert: int = MAX_EXPERTS) -> tuple[int, ...]:
+    """What :func:`id_runs` was given, all below ``n_expert``. Raises :class:`ValueError` for anything else."""
     ids: list[int] = []
     for run in runs.split(","):
-        first, _, last = run.partition("-")
-        ids.extend(range(int(first), int(last or first) + 1))
-    if id_runs(ids) != runs or ids != sorted(set(ids)):
-        raise ValueError(f"experts '{runs}'")
+        match = _RUN.fullmatch(run)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+        if not (ids[-1] if ids else -1) < first <= last < n_expert:
+            raise ValueError(f"experts '{printable(runs, 80)}', expected rising numbers below {n_expert}")
+        ids.extend(range(first, last + 1))
+    if id_runs(ids) != runs:
+        raise ValueError(f"experts '{printable(runs, 80)}', expected the shortest form '{printable(id_runs(ids), 80)}'")
     return tuple(ids)
 
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from mopeq_edge.array_file import read_arrays, write_arrays
+from mopeq_edge.array_file import read_arrays, refusing, write_arrays
 from mopeq_edge.errors import PlanError
+from mopeq_edge.ggml.types import BY_NAME
+from mopeq_edge.json_file import Check, is_count, is_texts, require
 from mopeq_edge.sensitivity.combine import with_fisher_trace
 from mopeq_edge.sensitivity.measure import TensorErrors
 from mopeq_edge.sensitivity.scores import FISHER_TRACE, Doubles
@@ -87,23 +89,40 @@ def read_table(path: Path) -> SensitivityTable:
 
     Raises :class:`FormatError` for anything else.
     """
-    info, arrays = read_arrays(path, FORMAT, VERSION, "run sensitivity again")
-    scores = tuple(info["scores"])
-    errors = with_fisher_trace(
-        {
-            name: TensorErrors(
-                types=tuple(types),
-                damage={s: arrays[f"damage/{s}/{name}"] for s in scores},
-                variance={s: arrays[f"variance/{s}/{name}"] for s in scores},
-                norms=arrays[f"norms/{name}"],
-            )
-            for name, types in info["types"].items()
-        }
-    )
+    again = "run sensitivity again"
+    info, arrays = read_arrays(path, FORMAT, VERSION, again)
+    with refusing(path, FORMAT, again):
+        require(info, _INFO)
+        scores = tuple(info["scores"])
+        plain = {name: _tensor_errors(name, types, scores, arrays) for name, types in info["types"].items()}
+        layers = sorted(int(key.split("/")[1]) for key in arrays if key.startswith("mopeq/"))
+        mopeq = {layer: arrays[f"mopeq/{layer}"] for layer in layers}
+        if any(array.ndim != 1 for array in mopeq.values()):
+            raise ValueError("a 'mopeq/LAYER' is no vector")
+    errors = with_fisher_trace(plain)
     if all(FISHER_TRACE in own.damage for own in errors.values()):
         scores += (FISHER_TRACE,)
-    layers = sorted(int(key.split("/")[1]) for key in arrays if key.startswith("mopeq/"))
-    mopeq = {layer: arrays[f"mopeq/{layer}"] for layer in layers}
     return SensitivityTable(
         errors, mopeq, scores, info["quantized_with"], tuple(info["unrouted"]), info["sample_rows"], info["made_from"]
     )
+
+
+_INFO: dict[str, Check] = {
+    "made_from": lambda value: isinstance(value, str),
+    "quantized_with": lambda value: isinstance(value, str),
+    "sample_rows": lambda value: value is None or is_count(value),
+    "scores": is_texts,
+    "types": lambda value: isinstance(value, dict) and all(is_texts(names) and names for names in value.values()),
+    "unrouted": is_texts,
+}
+
+
+def _tensor_errors(name: str, types: list[str], scores: tuple[str, ...], arrays: Mapping[str, Any]) -> TensorErrors:
+    norms = arrays[f"norms/{name}"]
+    damage, variance = ({s: arrays[f"{kind}/{s}/{name}"] for s in scores} for kind in ("damage", "variance"))
+    unknown = next((kind for kind in types if kind not in BY_NAME), None)
+    if unknown is not None:
+        raise ValueError(f"tensor '{name}' has type '{unknown}'")
+    if norms.ndim != 1 or any(a.shape != (len(types), len(norms)) for a in (*damage.values(), *variance.values())):
+        raise ValueError(f"tensor '{name}' has no damages of {len(types)} types and {norms.shape} matrices")
+    return TensorErrors(tuple(types), damage, variance, norms)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mopeq_edge.errors import FormatError, SourceError
+from mopeq_edge.errors import FormatError, SourceError, printable, shown
+from mopeq_edge.json_file import load_json
 from mopeq_edge.source.quantized import Packing, as_weights, packings
 from mopeq_edge.source.safetensors_file import SafetensorsFile
 from mopeq_edge.source.shard import Entry, Shard
@@ -24,6 +24,10 @@ INDEX = "model.safetensors.index.json"
 TORCH_SINGLE = "pytorch_model.bin"
 TORCH_INDEX = "pytorch_model.bin.index.json"
 CONFIG = "config.json"
+
+MAX_SHARDS = 2**14
+"""Different files that an index may name; the largest checkpoints in use have hundreds."""
+MAX_FILE_NAME = 255
 
 
 class Checkpoint:
@@ -109,11 +113,12 @@ def read_config(directory: Path) -> dict[str, Any]:
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        # Infinity is in the settings of some families
+        found = load_json(path, finite=False)
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: not valid JSON ({' '.join(str(error).split())}); download it again") from None
+    except ValueError as error:
+        raise FormatError(f"{path}: not valid JSON ({error}); download it again") from None
     if not isinstance(found, dict):
         raise FormatError(f"{path}: expected a JSON object, found {type(found).__name__}; download it again")
     return found
@@ -140,6 +145,10 @@ def _open_shards(directory: Path) -> tuple[list[Shard], tuple[Path, ...]]:
         if index.is_file():
             placement = _read_index(index)
             names = sorted(set(placement.values()))
+            if len(names) > MAX_SHARDS:
+                raise FormatError(
+                    f"{index}: names {len(names)} files, expected at most {MAX_SHARDS}; download it again"
+                )
             missing = [name for name in names if not (directory / name).is_file()]
             if missing:
                 more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -164,11 +173,23 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(placement, dict) or not placement:
         raise FormatError(f"{path}: has no weight_map; download it again")
     for tensor, shard in placement.items():
-        if not isinstance(shard, str) or shard in ("", ".", "..") or any(c in shard for c in "/\\:\0"):
+        if not _is_file_name(shard):
             raise FormatError(
-                f"{path}: tensor '{tensor}' is said to be in {shard!r}, expected the plain name of a file beside it"
+                f"{path}: tensor '{printable(tensor, 200)}' is said to be in {shown(shard)}, "
+                "expected the plain name of a file beside it; download it again"
             )
     return placement
+
+
+def _is_file_name(name: object) -> bool:
+    """Whether ``name`` can only be that of a file in the same folder, on any system."""
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and name.isprintable()
+        and not any(c in name for c in "/\\:")
+        and len(name.encode()) <= MAX_FILE_NAME
+    )
 
 
 def _check_index(index: Path, placement: dict[str, str], shards: list[Shard]) -> None:

@@ -14,6 +14,9 @@ from typing import Any
 from mopeq_edge.gguf_file import KV
 from mopeq_edge.source.model import SourceTensor
 
+MAX_NAME = 128
+"""Characters of an architecture's name."""
+
 Config = Mapping[str, Any]
 """A checkpoint's ``config.json``."""
 
@@ -139,7 +142,9 @@ def architecture_name(converters: Converters, config: Config) -> str | None:
     names, model_type = config.get("architectures"), config.get("model_type")
     if not names and isinstance(model_type, str) and model_type in converters:
         return model_type
-    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+    name = names[0] if isinstance(names, list) and names else None
+    # it is printed before anything else of the file is looked at
+    return name if isinstance(name, str) and name.isprintable() and 0 < len(name) <= MAX_NAME else None
 
 
 def find_converter(converters: Converters, name: str, config: Config) -> Converter | None:

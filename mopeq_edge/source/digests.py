@@ -10,7 +10,8 @@ from pathlib import Path
 
 from mopeq_edge.artifacts import file_digest
 from mopeq_edge.atomic import atomic_write
-from mopeq_edge.errors import OutputError
+from mopeq_edge.errors import FormatError, OutputError
+from mopeq_edge.json_file import load_json
 from mopeq_edge.source.model import Source
 
 CACHE_FORMAT = 1
@@ -65,8 +66,8 @@ def _stamp(path: Path) -> str:
 def _load_cache(cache: Path | None) -> dict[str, tuple[str, str]]:
     """(stamp, digest) by path."""
     try:
-        found = json.loads(cache.read_text(encoding="utf-8")) if cache is not None else {}
-    except (OSError, ValueError):
+        found = load_json(cache) if cache is not None else {}
+    except (OSError, ValueError, FormatError):
         return {}
     files = found.get("files") if isinstance(found, dict) and found.get("format") == CACHE_FORMAT else None
     if not isinstance(files, dict):

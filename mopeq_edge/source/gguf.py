@@ -14,6 +14,7 @@ from mopeq_edge.expert_groups.read import is_part
 from mopeq_edge.ggml.library import bf16_to_f32, load_ggml
 from mopeq_edge.ggml.types import BF16, F16, F32, GgmlType
 from mopeq_edge.gguf_file import KV
+from mopeq_edge.model_keys import check_model_keys
 from mopeq_edge.source.file_bytes import read_bytes
 from mopeq_edge.source.model import Bytes, Floats, SourceTensor, mark_mtp, require_finite
 from mopeq_edge.split import read_parts
@@ -39,6 +40,7 @@ class GGUFSource:
             raise SourceError(f"{path}: has no general.architecture, so it holds no model that llama.cpp can run")
         self.architecture = architecture
         infos = [info for header in headers for info in header.tensors]
+        check_model_keys(path, self.kvs, ((info.name, info.shape) for info in infos))
         for info in infos:
             if math.prod(info.shape[3:]) != 1:
                 raise SourceError(f"{path}: tensor '{info.name}' has shape {list(info.shape)}, expected 3 axes at most")

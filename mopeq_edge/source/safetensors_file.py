@@ -6,17 +6,21 @@ say which tensor of a broken file is wrong. Format: 8 bytes of length, a JSON he
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mopeq_edge.errors import FormatError
+from mopeq_edge.errors import FormatError, shown
+from mopeq_edge.json_file import is_count, parse_json
+from mopeq_edge.regular_file import regular_size
 from mopeq_edge.source.file_bytes import read_bytes
 from mopeq_edge.source.shard import DTYPE_BITS, Entry, Shard
 
 MAX_HEADER = 100_000_000
 """Longest header that the safetensors library accepts, in bytes."""
+
+MAX_AXES = 16
+"""Of a tensor, so that the product of their sizes is quickly known."""
 
 
 class SafetensorsFile(Shard):
@@ -31,7 +35,7 @@ class SafetensorsFile(Shard):
 
 def _read_entries(path: Path) -> dict[str, Entry]:
     try:
-        size = path.stat().st_size
+        size = regular_size(path)
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror}); expected a safetensors file") from None
     if size < 8:
@@ -50,20 +54,10 @@ def _read_entries(path: Path) -> dict[str, Entry]:
 
 
 def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise FormatError(f"{path}: broken safetensors header: '{twice}' appears twice")
-        return found
-
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(
-            f"{path}: not a safetensors file (its header is no JSON: {' '.join(str(error).split())})"
-        ) from None
+        header = parse_json(raw)
+    except ValueError as error:
+        raise FormatError(f"{path}: broken safetensors header, or no safetensors file ({error})") from None
     if not isinstance(header, dict):
         raise FormatError(f"{path}: broken safetensors header: expected an object, found {type(header).__name__}")
     return header
@@ -77,20 +71,16 @@ def _entry(path: Path, name: str, info: Any, data_start: int) -> Entry:
         broken("expected an object")
     dtype, shape, offsets = info.get("dtype"), info.get("shape"), info.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        broken(f"unknown dtype {dtype!r}")
-    if not isinstance(shape, list) or not all(_is_size(dim) for dim in shape):
-        broken(f"shape {shape!r} is no list of sizes")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(at) for at in offsets):
-        broken(f"data_offsets {offsets!r} are no pair of sizes")
+        broken(f"unknown dtype {shown(dtype)}")
+    if not isinstance(shape, list) or len(shape) > MAX_AXES or not all(is_count(dim) for dim in shape):
+        broken(f"shape {shown(shape)} is no list of up to {MAX_AXES} sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_count(at) for at in offsets):
+        broken(f"data_offsets {shown(offsets)} are no pair of sizes")
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     begin, end = offsets
     if bits % 8 or end - begin != bits // 8:
-        broken(f"{dtype} of shape {shape} needs {bits / 8:g} bytes, its offsets give {end - begin}")
+        broken(f"{dtype} of shape {shape} needs {bits} bits, its offsets give {end - begin} bytes")
     return Entry(name, dtype, tuple(shape), data_start + begin, end - begin)
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _check_extents(path: Path, entries: list[Entry], data_start: int, size: int) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mopeq_edge.errors import FormatError, SourceError
+from mopeq_edge.errors import FormatError, SourceError, printable
+from mopeq_edge.regular_file import regular_size
 from mopeq_edge.source.file_bytes import read_bytes
 from mopeq_edge.source.shard import Entry, Shard
 
@@ -27,6 +29,9 @@ _NAMES: Mapping[str, str] = {
 
 _AGAIN = "download it again"
 _INSTEAD = "use a checkpoint in safetensors"
+
+MAX_PICKLE = 100_000_000
+"""Bytes of the archive's pickle, as of a safetensors header."""
 
 _LOCAL_HEADER = 30
 """Bytes before the name and the extra field of an archive's member."""
@@ -60,14 +65,20 @@ def open_torch_file(path: Path) -> Shard:
 def _records(path: Path) -> list[tuple[int, int]]:
     """(start in the file, bytes) of every piece of data in the archive, in order; empty ones left out."""
     try:
+        regular_size(path)
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
+            # before anything is read: what is compressed may become any size
+            for member in members:
+                _check_member(path, member)
             orders = [member for member in members if member.filename.endswith("/byteorder")]
             # by its size first: a member may claim to be anything
             little = all(member.file_size == 6 and archive.read(member) == b"little" for member in orders)
     except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({error.strerror}); expected a file of torch.save") from None
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError):
+        raise FormatError(
+            f"{path}: cannot be read ({error.strerror or error}); expected a file of torch.save"
+        ) from None
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, struct.error):
         raise FormatError(
             f"{path}: not an archive as torch.save writes them since version 1.6, or it is truncated; {_INSTEAD}"
         ) from None
@@ -78,12 +89,18 @@ def _records(path: Path) -> list[tuple[int, int]]:
     found = []
     for member in members:
         if re.fullmatch(r"[^/]+/data/\d+", member.filename) and member.file_size:
-            if member.compress_type != zipfile.ZIP_STORED:
-                raise FormatError(f"{path}: '{member.filename}' is compressed, expected data as stored; {_INSTEAD}")
             header = read_bytes(path, member.header_offset, _LOCAL_HEADER)
             lengths = int(header[_LENGTHS:].view("<u2").sum())
             found.append((member.header_offset + _LOCAL_HEADER + lengths, member.file_size))
     return sorted(found)
+
+
+def _check_member(path: Path, member: zipfile.ZipInfo) -> None:
+    name = printable(member.filename, 200)
+    if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
+        raise FormatError(f"{path}: '{name}' is compressed, expected data as stored; {_INSTEAD}")
+    if member.filename.endswith(".pkl") and member.file_size > MAX_PICKLE:
+        raise FormatError(f"{path}: '{name}' has {member.file_size} bytes, expected at most {MAX_PICKLE}; {_INSTEAD}")
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -152,3 +153,25 @@ def test_a_missing_size_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(meta))
     with pytest.raises(FormatError, match="shape of the logits"):
         open_reference(tmp_path, KEY)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[1]", '"x"', "{}", "NaN"])
+def test_a_description_of_another_form_is_refused(tmp_path: Path, text: str) -> None:
+    (write(tmp_path).folder / "reference.json").write_text(text)
+    with pytest.raises(FormatError, match="delete the folder"):
+        open_reference(tmp_path, KEY)
+
+
+@pytest.mark.parametrize("name", ["tokens.npy", "logits.npy"])
+@pytest.mark.parametrize("shape", ["(10**15,)", "(1000000000000, 1000)", "()", "(-1, 4)", "(3.5,)"])
+def test_an_array_that_claims_a_size_is_not_made(tmp_path: Path, name: str, shape: str) -> None:
+    header = f"{{'descr': '<i4', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    raw = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(64)
+    (write(tmp_path).folder / name).write_bytes(raw)
+    tracemalloc.start()
+    try:
+        with pytest.raises(FormatError, match="delete the folder"):
+            open_reference(tmp_path, KEY)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()

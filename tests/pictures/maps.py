@@ -47,7 +47,8 @@ def write(path: Path, digits: dict[tuple[int, str], str] = DIGITS) -> Path:
     kinds = {t.name: kind for t, kind in stacks.items()} | {t.name: t.type for t in others}
     kvs = {
         "general.architecture": string("olmoe"),
-        **{f"olmoe.{key}": uint32(4) for key in ("block_count", "expert_count", "expert_used_count")},
+        **{f"olmoe.{key}": uint32(4) for key in ("block_count", "expert_used_count")},
+        "olmoe.expert_count": uint32(max(len(row) for row in own.values())),
     }
     place = file_layout(kvs, [*stacks, *others], kinds)
     with path.open("wb") as file:

@@ -18,7 +18,7 @@ def errors(fisher: object, trace: object) -> TensorErrors:
     """In Q2_K, Q3_K and the own type; the variance is a hundredth of the damage's square."""
     damage = {name: np.array(values, dtype=float) for name, values in (("fisher", fisher), ("trace", trace))}
     variance = {name: (values / 10) ** 2 for name, values in damage.items()}
-    return TensorErrors(("Q2_K", "Q3_K", "BF16"), damage, variance, np.ones(2))
+    return TensorErrors(("Q2_K", "Q3_K", "BF16"), damage, variance, np.ones(damage["fisher"].shape[1]))
 
 
 # experts of 4 and 2 in Q3_K by fisher, 1 and 2 by trace: the trace counts twice

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from mopeq_edge.array_file import read_arrays, write_arrays
 from mopeq_edge.errors import FormatError
 from mopeq_edge.sensitivity.measure import TensorErrors
-from mopeq_edge.sensitivity.table import SensitivityTable, read_table, write_table
+from mopeq_edge.sensitivity.table import FORMAT, VERSION, SensitivityTable, read_table, write_table
 
 
 def make() -> SensitivityTable:
@@ -109,3 +111,38 @@ def test_relative_error_is_the_worst_type_of_the_worst_tensor() -> None:
         scores=("x",),
     )
     assert table.relative_error("x") == 5 / 50
+
+
+CHANGES: dict[str, tuple[Any, str]] = {
+    "scores": (lambda info, arrays: info.update(scores="x"), "scores is 'x'"),
+    "another score": (lambda info, arrays: info["scores"].append("x"), "damage/x/.* is missing"),
+    "types": (lambda info, arrays: info.update(types=[]), r"types is \[\]"),
+    "no types": (lambda info, arrays: info["types"].update({"output.weight": []}), "types is "),
+    "unknown type": (lambda info, arrays: info["types"].update({"output.weight": ["Q9", "F16"]}), "has type 'Q9'"),
+    "more types": (lambda info, arrays: info["types"]["output.weight"].append("F32"), "no damages of 3 types"),
+    "no info": (lambda info, arrays: info.clear(), "is missing"),
+    "rows": (lambda info, arrays: info.update(sample_rows=-1), "sample_rows is -1"),
+    "no number": (lambda info, arrays: arrays["norms/output.weight"].fill(np.nan), "holds a number that is none"),
+    "layer": (lambda info, arrays: arrays.update({"mopeq/x": np.ones(1)}), "invalid literal"),
+    "vector": (lambda info, arrays: arrays.update({"mopeq/0": np.ones((1, 1))}), "is no vector"),
+    "kind": (lambda info, arrays: arrays.update({"mopeq/0": np.ones(1, np.uint8)}), "is of type U8"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_form(tmp_path: Path, name: str) -> None:
+    change, message = CHANGES[name]
+    write_table(make(), tmp_path / "good")
+    info, arrays = read_arrays(tmp_path / "good", FORMAT, VERSION, "again")
+    change(info, arrays)
+    write_arrays(tmp_path / "t", FORMAT, VERSION, info, arrays)
+    with pytest.raises(FormatError, match=f"^{tmp_path / 't'}: .*{message}.*; run sensitivity again"):
+        read_table(tmp_path / "t")
+
+
+@pytest.mark.parametrize("text", ["[" * 10_000, "[]", "NaN", ""])
+def test_info_of_another_form(tmp_path: Path, text: str) -> None:
+    metadata = {"format": FORMAT, "version": VERSION, "info": text}
+    (tmp_path / "t").write_bytes(save({"a": np.ones(1)}, metadata=metadata))
+    with pytest.raises(FormatError, match="run sensitivity again"):
+        read_table(tmp_path / "t")

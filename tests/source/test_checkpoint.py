@@ -1,13 +1,14 @@
 """One file or shards with an index: the same tensors; every way in which index and shards can disagree."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mopeq_edge.errors import FormatError, MopeqError, SourceError
-from mopeq_edge.source.checkpoint import INDEX, SINGLE, Checkpoint, read_config
+from mopeq_edge.source.checkpoint import INDEX, MAX_SHARDS, SINGLE, Checkpoint, read_config
 
 from ..builders import write_safetensors
 
@@ -102,7 +103,10 @@ def test_tensor_is_in_two_shards(sharded: Path) -> None:
         Checkpoint(sharded)
 
 
-@pytest.mark.parametrize("place", ["../two.safetensors", "/etc/passwd", "x/two.safetensors", "c:\\two", "..", "", 3])
+@pytest.mark.parametrize(
+    "place",
+    ["../two.safetensors", "/etc/passwd", "x/two.safetensors", "c:\\two", "..", "", 3, "a\n", "n" * 256, "\ud800"],
+)
 def test_index_may_not_lead_elsewhere(sharded: Path, place: object) -> None:
     set_index(sharded, {"a": place})
     with pytest.raises(FormatError, match=r"tensor 'a' is said to be in .*, expected the plain name"):
@@ -142,3 +146,17 @@ def test_no_config(tmp_path: Path) -> None:
     assert isinstance(caught.value, MopeqError)
     with pytest.raises(SourceError, match="is a file"):
         read_config(tmp_path / "config.json")
+
+
+def test_an_index_of_very_many_files(sharded: Path) -> None:
+    """Each would be looked for on the disk."""
+    set_index(sharded, {str(n): f"{n}.safetensors" for n in range(MAX_SHARDS + 1)})
+    with pytest.raises(FormatError, match=f"names {MAX_SHARDS + 1} files, expected at most {MAX_SHARDS}"):
+        Checkpoint(sharded)
+
+
+def test_a_shard_that_is_a_pipe(sharded: Path) -> None:
+    (sharded / "one.safetensors").unlink()
+    os.mkfifo(sharded / "one.safetensors")
+    with pytest.raises(SourceError, match=r"shard 'one.safetensors' is missing"):
+        Checkpoint(sharded)

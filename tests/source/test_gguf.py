@@ -16,12 +16,13 @@ from mopeq_edge.source.model import SourceTensor
 
 from ..builders import write_gguf, write_raw_gguf
 
-KVS = {"general.architecture": string("olmoe"), "olmoe.expert_count": uint32(2)}
+ARCHITECTURE = {"general.architecture": string("olmoe")}
 UP = "blk.0.ffn_up_exps.weight"
 
 
 def one_tensor(path: Path, kind: GgmlType, raw: bytes, shape: tuple[int, ...], name: str = UP) -> GGUFSource:
-    write_raw_gguf(path, KVS, [("output_norm.weight", (1,), F32, bytes(4)), (name, shape, kind, raw)])
+    kvs = {**ARCHITECTURE, "olmoe.expert_count": uint32((*shape, 1, 1)[2])}
+    write_raw_gguf(path, kvs, [("output_norm.weight", (1,), F32, bytes(4)), (name, shape, kind, raw)])
     return GGUFSource(path)
 
 
@@ -76,7 +77,7 @@ def test_warning_counts_weights(tmp_path: Path) -> None:
         ("output.weight", (32, 2), q8, bytes(68)),
         (UP, (32, 1, 5), q4, bytes(90)),
     ]
-    write_raw_gguf(tmp_path / "m.gguf", KVS, tensors)
+    write_raw_gguf(tmp_path / "m.gguf", {**ARCHITECTURE, "olmoe.expert_count": uint32(5)}, tensors)
     (warning,) = GGUFSource(tmp_path / "m.gguf").warnings
     assert "87.5% of the weights are already quantized (Q4_0 62.5%, Q8_0 25.0%)" in warning
     assert "quantizing again adds to it" in warning

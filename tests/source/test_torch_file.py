@@ -230,6 +230,22 @@ def rewritten(path: Path, change: Any) -> None:
                 archive.writestr(*pair)
 
 
+def test_what_is_compressed_is_not_unpacked(tmp_path: Path) -> None:
+    """A megabyte of an archive may hold a gigabyte of one letter; torch would unpack a pickle whatever its size."""
+    path = tmp_path / TORCH_SINGLE
+    for name in ("archive/data.pkl", "archive/data/0", "archive/byteorder", "archive/other"):
+        torch.save(tensors(), path)
+        with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive, archive.open(name, "w") as member:
+            member.write(bytes(10**6))
+        assert f"'{name}' is compressed, expected data as stored" in refused(path)
+
+
+def test_a_pickle_larger_than_any_list_of_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(tensors(), tmp_path / TORCH_SINGLE)
+    monkeypatch.setattr("mopeq_edge.source.torch_file.MAX_PICKLE", 100)
+    assert "bytes, expected at most 100" in refused(tmp_path / TORCH_SINGLE)
+
+
 def test_an_archive_that_was_tampered_with(tmp_path: Path) -> None:
     path = tmp_path / TORCH_SINGLE
     for change, message in (
