@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -69,14 +68,15 @@ def emit(
     ):
         tensors = _written(source, types)
         for temporary, place in zip(temporaries, places, strict=True):
-            with temporary.open("xb") as file:
+            with temporary.open("wb") as file:
                 file.write(place.header)
                 for own in islice(tensors, len(place.tensors)):
                     _write(file, place.alignment, source, own, imatrix, ggml, pool, step, threads)
-                file.flush()
-                os.fsync(file.fileno())
             check_written(temporary, place)
         check_groups(temporaries, types)
+        if len(paths) > 1:
+            # a run that is killed between two renames must not leave a set of old and new files that loads
+            paths[0].unlink(missing_ok=True)
     return sum(place.file_size for place in places)
 
 

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import click
 
-from mopeq_edge import __version__
+from mopeq_edge import __version__, interrupts
 from mopeq_edge.errors import MopeqError
 
 COMMANDS: Mapping[str, tuple[str, str, str]] = {
@@ -64,9 +64,12 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line; an expected failure is one line on stderr and exit code 1."""
+    """Run the command line; an expected failure is one line on stderr and exit code 1, an interruption 130 or 143."""
+    interrupts.install()
     try:
         cli()
+    except interrupts.Interrupted as signal:
+        interrupts.end(signal.number)
     except MopeqError as error:
         _fail(str(error))
     except OSError as error:

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import click
 
+from mopeq_edge import interrupts
 from mopeq_edge.cli.console import FILE
 from mopeq_edge.errors import RuntimeMissingError
 from mopeq_edge.runtime.choose import BUILDS, prepare_start
@@ -89,6 +90,7 @@ def _replace_this_process(command: list[str]) -> NoReturn:
     """Signals, the terminal and the exit code are then the tool's own."""
     sys.stdout.flush()
     sys.stderr.flush()
+    interrupts.uninstall()
     # Python ignores these for itself, and a program inherits what is ignored.
     for ignored in ("SIGPIPE", "SIGXFSZ"):
         signal.signal(getattr(signal, ignored), signal.SIG_DFL)
@@ -96,6 +98,7 @@ def _replace_this_process(command: list[str]) -> NoReturn:
 
 
 def _wait(command: list[str]) -> int:
+    interrupts.uninstall()
     with subprocess.Popen(command) as process:
         while True:
             try:
