@@ -1,9 +1,9 @@
 """Ctrl-C and SIGTERM: an orderly end if it comes soon, else the end.
 
-Whatever is written under a final name is whole, and a killed run's leftovers are removed by the next one, so the process
-may end at any moment. The signal raises :class:`Interrupted` in the main thread, whose blocks then clean up. Python does
-that only between two of its own instructions, and a call into torch, libggml or llama.cpp can take minutes: a thread, woken
-by the signal itself, ends the process when :data:`GRACE_SECONDS` have passed.
+Whatever is written under a final name is whole, and a killed run's leftovers are removed by the next one, so the
+process may end at any moment. The signal raises :class:`Interrupted` in the main thread, whose blocks then clean up.
+Python does that only between two of its own instructions, and a call into torch, libggml or llama.cpp can take minutes:
+a thread, woken by the signal itself, ends the process when :data:`GRACE_SECONDS` have passed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import NoReturn
 
 GRACE_SECONDS = 1.2
@@ -62,10 +63,8 @@ def end(number: int) -> NoReturn:
     if sys.stderr is not None and sys.stderr.isatty():
         # a progress bar hid it
         message = _SHOW_CURSOR + b"\r" + message
-    try:
+    with suppress(OSError):
         os.write(2, message)
-    except OSError:
-        pass
     os._exit(128 + number)
 
 

@@ -26,6 +26,7 @@ COMMANDS: Mapping[str, tuple[str, str, str]] = {
     "serve": ("mopeq_edge.cli.run", "serve", "Serve a GGUF with llama-server."),
     "memory": ("mopeq_edge.cli.memory", "memory", "Predict a model's memory in llama.cpp, and whether it fits."),
     "validate": ("mopeq_edge.cli.validate", "validate", "Whether a GGUF is sound, and what runs it."),
+    "verify": ("mopeq_edge.cli.verify", "verify", "Whether every byte of a GGUF is still as written."),
     "runtime": ("mopeq_edge.cli.runtime", "runtime", "Install, show or patch llama.cpp."),
 }
 """Name: (module, attribute, one line of help), in the order of the pipeline."""
