@@ -66,8 +66,8 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line; an expected failure is one line on stderr and exit code 1, an interruption 130 or 143."""
-    interrupts.install()
     try:
+        interrupts.install()
         cli()
     except interrupts.Interrupted as signal:
         interrupts.end(signal.number)
