@@ -134,6 +134,8 @@ class Server:
         if child:
             return child
         code = 1
+        # where this runs in the background of a script Ctrl-C is ignored, and stays so in children
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             for source, number in ((os.devnull, 1), (str(self._log), 2)):
                 os.dup2(os.open(source, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)

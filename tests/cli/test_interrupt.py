@@ -18,8 +18,8 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 WORK = {
     "python": "while True: time.sleep(0.01)",
     "threads": "with ThreadPoolExecutor(2) as pool: list(pool.map(time.sleep, [60, 60]))",
-    # a call that Python cannot break off, as into libggml, torch or llama.cpp
     "ctypes": "while True: ctypes.CDLL(None).pause()",
+    # a call that Python cannot break off, as into libggml, torch or llama.cpp
     "native": "np.linalg.svd(np.random.default_rng(0).random((4000, 4000)))",
     "child": "run_lines(['sh', '-c', 'echo $$ > child.pid; sleep 60'], lambda line: None)",
     "file": "with atomic_write(Path('out')) as file:\n    file.write(b'half'); file.flush(); time.sleep(60)",
@@ -50,7 +50,13 @@ def start(folder: Path, body: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", program]
     path = os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
     child = subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}
+        command,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path},
+        # ignored where the tests run in a script's background
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert child.stdout is not None
     assert child.stdout.readline() == b"ready\n"
