@@ -72,12 +72,14 @@ def emit(
         for temporary, place in zip(temporaries, places, strict=True):
             with temporary.open("wb") as file:
                 file.write(place.header)
+                hasher = hashing if place.hashes_at is not None else None
                 hashes = [
-                    _write(file, place.alignment, source, own, imatrix, ggml, pool, hashing, step, threads)
+                    _write(file, place.alignment, source, own, imatrix, ggml, pool, hasher, step, threads)
                     for own in islice(tensors, len(place.tensors))
                 ]
-                file.seek(0)
-                file.write(place.sealed(hashes))
+                if place.hashes_at is not None:
+                    file.seek(0)
+                    file.write(place.sealed(hashes))
             check_written(temporary, place)
         check_groups(temporaries, types)
         if len(paths) > 1:
@@ -128,19 +130,24 @@ def _write(
     imatrix: Imatrix | None,
     ggml: Quantizer,
     pool: ThreadPoolExecutor,
-    hashing: ThreadPoolExecutor,
+    hashing: ThreadPoolExecutor | None,
     step: Step,
     threads: int,
 ) -> str:
-    """Append one tensor with its padding. Returns the hash of its data, which is made while the data is written."""
+    """Append one tensor with its padding. Returns the hash of its data, made while the data is written.
+
+    Without ``hashing`` there is none: the file has no room for it.
+    """
     tensor, kind, matrices = written
     data = new_hash()
+    hashed: Future[None] | None = None
     if isinstance(kind, GgmlType):
-        hashed: Future[None] | None = None
         for blocks in _quantized(source, tensor, kind, matrices, imatrix, ggml, pool, in_flight=2 * threads):
             if hashed is not None:
+                # in order, and no more than one piece behind
                 hashed.result()
-            hashed = hashing.submit(data.update, blocks.data)
+            if hashing is not None:
+                hashed = hashing.submit(data.update, blocks.data)
             file.write(blocks.data)
             step.advance(blocks.nbytes / kind.type_size * kind.block_size)
         if hashed is not None:

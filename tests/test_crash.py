@@ -75,8 +75,11 @@ def test_emit_at_every_write(tmp_path: Path, types: object, split_bytes: int | N
             assert after.items() <= before.items(), at
         first = min(final)
         if split_bytes is not None and after.get(first) == final[first]:
-            # the first part, which a reader opens, came last
+            # the first part, which a reader opens, comes last
             assert {n: raw for n, raw in after.items() if n in final} == final, at
+        if split_bytes is not None and after.get(first) == before.get(first, b""):
+            # and an old one goes before a part beside it is new
+            assert {n: raw for n, raw in after.items() if n in final} == before, at
         emit_alone()
         assert content(folder) == final, at
         assert verify(folder / first, SilentProgress()).whole

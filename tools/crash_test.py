@@ -53,7 +53,7 @@ def _work(run: Path) -> list[str]:
 
 
 def _calibrate(model: Path, text: Path, run: Path) -> list[str]:
-    return ["calibrate", str(model), "--text", str(text), "--window", "64", "--chunks", "6", *_work(run)]
+    return ["calibrate", str(model), "--text", str(text), "--window", "64", "--chunks", "3", *_work(run)]
 
 
 def _emit(*more: str) -> Callable[[Path, Path, Path], list[str]]:
@@ -67,7 +67,7 @@ def _plan(*more: str) -> Callable[[Path, Path, Path], list[str]]:
 def _convert(model: Path, text: Path, run: Path) -> list[str]:
     return [
         *("convert", str(model), str(run / "out.gguf"), "--text", str(text), "--target-gb", GB, "--force"),
-        *("--window", "64", "--chunks", "6", "--layout", "per-expert", *_work(run)),
+        *("--window", "64", "--chunks", "3", "--layout", "per-expert", *_work(run)),
     ]
 
 
@@ -79,7 +79,7 @@ def _evaluate(model: Path, text: Path, run: Path) -> list[str]:
 def _study(model: Path, text: Path, run: Path) -> list[str]:
     return [
         *("study", str(model), "--text", str(text), "--eval-text", str(text), "--budgets", GB, "--windows", "4"),
-        *("--eval-ctx", "64", "--window", "64", "--chunks", "6", "--controls", "uniform,inverse", "--seeds", "0"),
+        *("--eval-ctx", "64", "--window", "64", "--chunks", "3", "--controls", "uniform,inverse", "--seeds", "0"),
         *("--sensitivities", "fisher", "--planners", "knapsack", *_work(run)),
     ]
 

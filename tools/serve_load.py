@@ -28,7 +28,7 @@ from tools.llama_server import Server, serving
 from tools.process_memory import Sample, Sampler
 
 CLIENTS = 8
-TIE = 0.05
+TIE = 0.01
 """Nats between the two best tokens below which either may come."""
 TOKENS = 24
 KEY = "a key"

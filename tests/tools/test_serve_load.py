@@ -13,9 +13,9 @@ from ..builders import build_olmoe
 
 
 def test_only_level_tokens_may_differ() -> None:
-    alone = Answer((5, 6, 7), (1.0, 0.01, 2.0))
+    alone = Answer((5, 6, 7), (1.0, 0.004, 2.0))
     assert compare(alone, Answer((5, 6, 7))) == "same"
-    assert compare(alone, Answer((5, 9, 1))) == "tie 0.0100"
+    assert compare(alone, Answer((5, 9, 1))) == "tie 0.0040"
     assert compare(alone, Answer((5, 6, 8))) == "token 2 is 8, alone 7, 2.000 nats before the next"
     assert compare(alone, Answer((4, 6, 7))).startswith("token 0 is 4")
     assert compare(alone, Answer((5, 6))) == "2 tokens, alone 3"
