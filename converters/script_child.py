@@ -17,8 +17,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import runpy
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +54,7 @@ class RefusedError(ValueError):
 
 def main(folder: str, job: Job) -> None:
     """Run the script in ``folder``; it ends the process with 1, or an exception, when it fails."""
+    end_with_parent()
     here = Path(__file__).resolve().parent
     sys.path[:] = [entry for entry in sys.path if entry and Path(entry).resolve() not in (here, Path.cwd())]
     sys.path[:0] = [str(Path(folder) / "gguf-py"), folder]
@@ -60,6 +64,19 @@ def main(folder: str, job: Job) -> None:
         leave_out_data()
     sys.argv = ["convert_hf_to_gguf.py", job.model, "--outtype", "bf16", "--outfile", job.output]
     runpy.run_path(str(Path(folder) / "convert_hf_to_gguf.py"), run_name="__main__")
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it is gone: killed, it could not end it itself."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    if os.name == "posix":
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def refuse_code_of_models() -> None:

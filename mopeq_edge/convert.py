@@ -215,10 +215,13 @@ def _choose(
     options = [plan.planner, plan.sensitivity, list(plan.types), text_sha256]
     made_from = digest(["choice 2", calibrated.made_from, context.source_sha256, *options])
     path = context.work.file(name)
+    trials = {candidate: context.work.file(f"trial-{candidate}.gguf") for candidate in (ACTIVATION, GRADIENT)}
+    for left in trials.values():
+        # of a run that was killed
+        left.unlink(missing_ok=True)
     if not context.work.has(stage, made_from):
         kld = {}
-        for candidate in (ACTIVATION, GRADIENT):
-            trial = context.work.file(f"trial-{candidate}.gguf")
+        for candidate, trial in trials.items():
             try:
                 run_emit(context, plan, calibrated.statistics, trial, candidate)
                 kld[candidate] = measure(trial).divergence.kld_mean

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +16,7 @@ from mopeq_edge.atomic import atomic_path
 from mopeq_edge.errors import FormatError, PlanError
 from mopeq_edge.expert_groups.layout import Grouping, Types, expert_map, file_kvs, file_layout, file_specs
 from mopeq_edge.expert_groups.read import read_groups
+from mopeq_edge.file_hashes import new_hash
 from mopeq_edge.ggml.library import Bytes, Floats, Quantizer
 from mopeq_edge.ggml.types import F16_MAX, NEEDS_IMATRIX, WIDE, GgmlType
 from mopeq_edge.gguf_file import KV, read_header
@@ -65,18 +65,26 @@ def emit(
     with (
         _all_or_none(paths) as temporaries,
         ThreadPoolExecutor(threads) as pool,
+        ThreadPoolExecutor(1) as hashing,
         progress.step("emit", sum(t.n_weights for t in source.tensors)) as step,
     ):
         tensors = _written(source, types)
         for temporary, place in zip(temporaries, places, strict=True):
-            with temporary.open("xb") as file:
+            with temporary.open("wb") as file:
                 file.write(place.header)
-                for own in islice(tensors, len(place.tensors)):
-                    _write(file, place.alignment, source, own, imatrix, ggml, pool, step, threads)
-                file.flush()
-                os.fsync(file.fileno())
+                hasher = hashing if place.hashes_at is not None else None
+                hashes = [
+                    _write(file, place.alignment, source, own, imatrix, ggml, pool, hasher, step, threads)
+                    for own in islice(tensors, len(place.tensors))
+                ]
+                if place.hashes_at is not None:
+                    file.seek(0)
+                    file.write(place.sealed(hashes))
             check_written(temporary, place)
         check_groups(temporaries, types)
+        if len(paths) > 1:
+            # a run that is killed between two renames must not leave a set of old and new files that loads
+            paths[0].unlink(missing_ok=True)
     return sum(place.file_size for place in places)
 
 
@@ -122,18 +130,34 @@ def _write(
     imatrix: Imatrix | None,
     ggml: Quantizer,
     pool: ThreadPoolExecutor,
+    hashing: ThreadPoolExecutor | None,
     step: Step,
     threads: int,
-) -> None:
-    """Append one tensor with its padding."""
+) -> str:
+    """Append one tensor with its padding. Returns the hash of its data, made while the data is written.
+
+    Without ``hashing`` there is none: the file has no room for it.
+    """
     tensor, kind, matrices = written
+    data = new_hash()
+    hashed: Future[None] | None = None
     if isinstance(kind, GgmlType):
         for blocks in _quantized(source, tensor, kind, matrices, imatrix, ggml, pool, in_flight=2 * threads):
+            if hashed is not None:
+                # in order, and no more than one piece behind
+                hashed.result()
+            if hashing is not None:
+                hashed = hashing.submit(data.update, blocks.data)
             file.write(blocks.data)
             step.advance(blocks.nbytes / kind.type_size * kind.block_size)
+        if hashed is not None:
+            hashed.result()
     else:
-        file.write(expert_map(kind, tensor.n_matrices).tobytes())
+        rows = expert_map(kind, tensor.n_matrices).tobytes()
+        data.update(rows)
+        file.write(rows)
     file.write(b"\0" * (-file.tell() % alignment))
+    return data.hexdigest()
 
 
 def kinds_of(kind: GgmlType | Grouping) -> tuple[GgmlType, ...]:

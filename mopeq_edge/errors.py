@@ -64,6 +64,14 @@ class OutputError(MopeqError):
     """A place where the result cannot be written."""
 
 
+class BusyError(OutputError):
+    """A directory or an output that another run is working on."""
+
+
+class DamagedError(MopeqError):
+    """A GGUF whose bytes are not those that were written."""
+
+
 class RuntimeMissingError(MopeqError):
     """llama.cpp libraries or tools that are not installed or do not work."""
 

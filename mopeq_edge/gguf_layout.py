@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mopeq_edge.errors import FormatError
+from mopeq_edge.file_hashes import HEADER_KEY, TENSORS_KEY, UNKNOWN, bytes_per_tensor, seal, with_room
 from mopeq_edge.ggml.types import GgmlType
 from mopeq_edge.gguf_file import (
     DEFAULT_ALIGNMENT,
@@ -40,6 +41,12 @@ class Layout:
     tensors: tuple[TensorInfo, ...]
     alignment: int
     file_size: int
+    hashes_at: tuple[int, int] | None = None
+    """Where in the header the first tensor's hash and the header's own are, if the file carries them."""
+
+    def sealed(self, hashes: Sequence[str]) -> bytes:
+        """The header with the ``hashes`` of all tensors, and its own, where it has room for them."""
+        return self.header if self.hashes_at is None else seal(self.header, *self.hashes_at, hashes)
 
 
 def string(value: str) -> KV:
@@ -53,8 +60,10 @@ def uint32(value: int) -> KV:
 def layout(kvs: Mapping[str, KV], specs: Sequence[TensorSpec]) -> Layout:
     """Lay out a file with ``kvs`` in their order and tensors in the order of ``specs``.
 
-    Every tensor, the last one too, is followed by padding to the alignment, as llama.cpp's writer does.
+    Every tensor, the last one too, is followed by padding to the alignment, as llama.cpp's writer does. Where ``kvs``
+    has the keys of :mod:`mopeq_edge.file_hashes`, there is room for a hash of each tensor.
     """
+    kvs = with_room(kvs, len(specs))
     alignment = kvs["general.alignment"].value if "general.alignment" in kvs else DEFAULT_ALIGNMENT
     tensors: list[TensorInfo] = []
     offset = 0
@@ -63,12 +72,26 @@ def layout(kvs: Mapping[str, KV], specs: Sequence[TensorSpec]) -> Layout:
         tensors.append(info)
         offset += pad(info.nbytes, alignment)
     parts = [MAGIC, struct.pack("<IQQ", 3, len(specs), len(kvs))]
-    parts.extend(encode_kv(key, kv) for key, kv in kvs.items())
+    values_at: dict[str, int] = {}
+    at = sum(map(len, parts))
+    for key, kv in kvs.items():
+        parts.append(encode_kv(key, kv))
+        at += len(parts[-1])
+        if key in (TENSORS_KEY, HEADER_KEY):
+            n_hashes = len(specs) if key == TENSORS_KEY else 1
+            # from the end of the key-value back to the text of its first string
+            values_at[key] = at - n_hashes * (8 + len(UNKNOWN)) + 8
     parts.extend(encode_tensor(info) for info in tensors)
     header = b"".join(parts)
     end = len(header)
     header += b"\0" * (pad(end, alignment) - end)
-    return Layout(header, end, tuple(tensors), alignment, len(header) + offset)
+    hashes_at = (values_at[TENSORS_KEY], values_at[HEADER_KEY]) if TENSORS_KEY in values_at else None
+    return Layout(header, end, tuple(tensors), alignment, len(header) + offset, hashes_at)
+
+
+def tensor_header_bytes(info: TensorInfo, kvs: Mapping[str, KV]) -> int:
+    """Bytes that a tensor adds to the header of a file with ``kvs``: its info, and its hash where they are kept."""
+    return len(encode_tensor(info)) + bytes_per_tensor(kvs)
 
 
 def padded_nbytes(shape: Iterable[int], kind: GgmlType, alignment: int = DEFAULT_ALIGNMENT) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from mopeq_edge import __version__
+from mopeq_edge.file_hashes import unknown_hashes
 from mopeq_edge.gguf_file import KV
 from mopeq_edge.gguf_layout import TensorSpec, string, uint32
 from mopeq_edge.imatrix import Imatrix
@@ -55,6 +56,8 @@ def output_kvs(
     result["mopeq.version"] = string(__version__)
     result["mopeq.source.sha256"] = string(provenance.source)
     result[PLAN_KEY] = string(provenance.plan)
+    # the writer fills them in; the source may have its own
+    result.update(unknown_hashes(0))
     return result
 
 

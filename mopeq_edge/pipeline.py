@@ -63,6 +63,7 @@ def run_sensitivity(
             made_from=made_from,
             progress=context.progress,
         )
+        context.work.forget(stage)
         write_table(table, context.work.file(name))
         context.work.record(stage, made_from, [name])
     return read_table(context.work.file(name))

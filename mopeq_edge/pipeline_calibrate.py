@@ -167,6 +167,7 @@ def _run_trace(context: Context, request: CalibrationRequest, trace: TraceReques
         made_from=made_from,
         progress=context.progress,
     )
+    context.work.forget("trace")
     write_traces(traces, context.work.file(TRACE_FILE))
     context.work.record("trace", made_from, [TRACE_FILE])
 
@@ -210,6 +211,7 @@ def _write_statistics(work: WorkDirectory, statistics: Statistics, made_from: st
     names = [ACTIVATION_FILE, ROUTING_FILE]
     assert statistics.activation is not None
     assert statistics.routing is not None
+    work.forget("calibrate")
     write_imatrix(statistics.activation, work.file(ACTIVATION_FILE))
     write_routing(statistics.routing, work.file(ROUTING_FILE), made_from)
     if statistics.gradient is not None:

@@ -1,7 +1,8 @@
 """Split GGUF files: ``NAME-00001-of-00003.gguf`` and so on, as llama-gguf-split writes and llama.cpp loads them.
 
 The first file has all key-values, every file its number, the number of files and the number of all tensors, and those
-of a plan its hash: parts of two plans can have tensors of the same names and sizes.
+of a plan its hash (parts of two plans can have tensors of the same names and sizes) and the hashes of its own
+tensors.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from mopeq_edge import file_hashes
 from mopeq_edge.atomic import check_output
 from mopeq_edge.errors import FormatError, PlanError, SourceError, shown
 from mopeq_edge.gguf_file import KV, GGUFHeader, TensorInfo, ValueType, pad, read_header
-from mopeq_edge.gguf_layout import Layout, TensorSpec, encode_tensor, layout
+from mopeq_edge.gguf_layout import Layout, TensorSpec, layout, tensor_header_bytes
 from mopeq_edge.json_file import is_count
 from mopeq_edge.output_kvs import PLAN_KEY
 
 NO, COUNT, TENSORS = "split.no", "split.count", "split.tensors.count"
-IN_EVERY_FILE = ("general.alignment", PLAN_KEY)
+IN_EVERY_FILE = ("general.alignment", PLAN_KEY, *file_hashes.KEYS)
 """Key-values that files after the first repeat, where the first has them."""
 
 MAX_FILES = 2**16 - 1
@@ -95,7 +97,7 @@ def split_layouts(kvs: Mapping[str, KV], specs: Sequence[TensorSpec], max_bytes:
     head, data = heads[0], 0
     for spec in specs:
         info = TensorInfo(*spec, 0)
-        name_bytes, nbytes = len(encode_tensor(info)), pad(info.nbytes, alignment)
+        name_bytes, nbytes = tensor_header_bytes(info, kvs), pad(info.nbytes, alignment)
         if pad(head + name_bytes, alignment) + data + nbytes > max_bytes:
             files.append([])
             head, data = heads[1], 0

@@ -46,6 +46,15 @@ class WorkDirectory:
         record = self._stages().get(stage)
         return str(record["made_from"]) if record is not None else None
 
+    def forget(self, stage: str) -> None:
+        """Note that the files of ``stage`` are about to change: until it is recorded again there are none.
+
+        A process that is killed between two of them must not leave some of each kind that look finished.
+        """
+        stages = self._stages()
+        if stages.pop(stage, None) is not None:
+            write_json(self.file("stages.json"), FORMAT, VERSION, {"stages": stages})
+
     def record(
         self, stage: str, made_from: str, names: Sequence[str], digest_of: Callable[[Path], str] = file_digest
     ) -> None:

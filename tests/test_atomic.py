@@ -177,3 +177,46 @@ def test_an_output_where_no_folder_can_be(tmp_path: Path) -> None:
         check_output(tmp_path / "file" / "deeper" / "out.gguf", [], force=False)
     check_output(tmp_path / "new" / "deeper" / "out.gguf", [], force=False)
     assert not (tmp_path / "new").exists()
+
+
+def dead_pid() -> int:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    return child.pid
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["dead process", "the same number again, as in a container"])
+def test_what_a_killed_process_left_goes_away(tmp_path: Path, own: bool) -> None:
+    left = tmp_path / f".out.gguf.{os.getpid() if own else dead_pid()}.tmp"
+    other = tmp_path / ".other.gguf.1.tmp"
+    for path in (left, other):
+        path.write_bytes(b"half")
+    with atomic_write(tmp_path / "out.gguf") as file:
+        file.write(b"whole")
+    assert names(tmp_path) == [".other.gguf.1.tmp", "out.gguf"]
+    assert (tmp_path / "out.gguf").read_bytes() == b"whole"
+
+
+def test_the_file_of_a_living_writer_stays(tmp_path: Path) -> None:
+    """Of another process, and of another thread of this one."""
+    path = tmp_path / "out"
+    hold = (
+        "import sys; from pathlib import Path; from mopeq_edge.atomic import atomic_write\n"
+        "with atomic_write(Path(sys.argv[1])) as file:\n"
+        "    file.write(b'slow'); file.flush(); print('ready', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", hold, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as slow:
+        assert slow.stdout is not None
+        assert slow.stdout.readline() == b"ready\n"
+        with atomic_write(path) as first:
+            first.write(b"first")
+            with atomic_write(path) as second:
+                second.write(b"second")
+            assert len(names(tmp_path)) == 3
+            assert path.read_bytes() == b"second"
+        assert path.read_bytes() == b"first"
+        slow.communicate()
+        assert slow.returncode == 0
+    assert path.read_bytes() == b"slow"
+    assert names(tmp_path) == ["out"]

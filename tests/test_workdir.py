@@ -147,3 +147,16 @@ def test_json_artifacts(tmp_path: Path) -> None:
         read_json(path, "thing", 3)
     with pytest.raises(FormatError, match=r"none\.json: cannot be read as JSON"):
         read_json(tmp_path / "none.json", "thing", 3)
+
+
+def test_files_that_are_about_to_change_are_not_finished(tmp_path: Path) -> None:
+    """A calibration that is killed between two of its files leaves old and new ones: no later stage may take them."""
+    work = WorkDirectory(tmp_path)
+    work.file("a").write_bytes(b"old")
+    work.record("calibrate", "first", ["a"])
+    work.record("plan", "first", ["a"])
+    work.forget("calibrate")
+    work.forget("calibrate")
+    assert work.files("calibrate") == ()
+    assert not work.has("calibrate", "first")
+    assert work.has("plan", "first")

@@ -28,6 +28,9 @@ class HiddenStates:
         else:
             self._file = _reserve(scratch, int(np.prod(shape)) * 4)
             self._data = np.memmap(self._file, dtype=np.float32, mode="r+", shape=shape)
+            if os.name == "posix":
+                # the map keeps it: a killed process leaves nothing
+                self._file.unlink()
 
     def get(self, slot: int, window: int) -> Tensor:
         """A copy [1, n_ctx, n_embd] of one window's state."""

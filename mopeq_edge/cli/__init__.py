@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import click
 
-from mopeq_edge import __version__
+from mopeq_edge import __version__, interrupts
 from mopeq_edge.errors import MopeqError
 
 COMMANDS: Mapping[str, tuple[str, str, str]] = {
@@ -26,6 +26,7 @@ COMMANDS: Mapping[str, tuple[str, str, str]] = {
     "serve": ("mopeq_edge.cli.run", "serve", "Serve a GGUF with llama-server."),
     "memory": ("mopeq_edge.cli.memory", "memory", "Predict a model's memory in llama.cpp, and whether it fits."),
     "validate": ("mopeq_edge.cli.validate", "validate", "Whether a GGUF is what it should be."),
+    "verify": ("mopeq_edge.cli.verify", "verify", "Whether every byte of a GGUF is still as written."),
     "runtime": ("mopeq_edge.cli.runtime", "runtime", "Install, show or patch llama.cpp."),
 }
 """Name: (module, attribute, one line of help), in the order of the pipeline."""
@@ -64,9 +65,12 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Run the command line; an expected failure is one line on stderr and exit code 1."""
+    """Run the command line; an expected failure is one line on stderr and exit code 1, an interruption 130 or 143."""
     try:
+        interrupts.install()
         cli()
+    except interrupts.Interrupted as signal:
+        interrupts.end(signal.number)
     except MopeqError as error:
         _fail(str(error))
     except OSError as error:

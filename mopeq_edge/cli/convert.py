@@ -43,9 +43,11 @@ def convert(model: Path, out: Path, **given: Any) -> None:
     Example:
       mopeq-edge convert OLMoE-1B-7B out.gguf --target-gb 4 --text corpus.txt
     """
+    from mopeq_edge.alone import alone
     from mopeq_edge.cli.console import console_progress, print_json, print_table
 
-    with console_progress() as progress:
+    work = options.work_directory_of_output(given["work_dir"], out)
+    with console_progress() as progress, alone(work, out):
         result = _run(model, out, given, progress)
     if given["as_json"]:
         print_json(result.as_dict())

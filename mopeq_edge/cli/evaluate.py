@@ -54,6 +54,7 @@ def evaluate(
     Example:
       mopeq-edge evaluate out.gguf --against bf16.gguf --text held-out.txt
     """
+    from mopeq_edge.alone import alone
     from mopeq_edge.cli.console import console_progress, print_json, print_table
     from mopeq_edge.cli.options import work_directory
     from mopeq_edge.evaluate.run import evaluate as evaluate_target
@@ -63,7 +64,7 @@ def evaluate(
     # a target that cannot be read is told before the source has run for hours
     read_parts(target)
     work = work_directory(work_dir, source)
-    with console_progress() as progress:
+    with console_progress() as progress, alone(work):
         gguf = resolve_source(source, work, threads, progress)
         reference = make_reference(
             gguf,

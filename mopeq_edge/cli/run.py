@@ -12,9 +12,11 @@ from typing import NoReturn
 
 import click
 
+from mopeq_edge import interrupts
 from mopeq_edge.cli.console import FILE
 from mopeq_edge.errors import RuntimeMissingError
 from mopeq_edge.runtime.choose import BUILDS, prepare_start
+from mopeq_edge.runtime.server_host import host_arguments
 
 _Command = Callable[[str, Path, tuple[str, ...]], None]
 
@@ -60,7 +62,8 @@ def serve(build: str, file: Path, args: tuple[str, ...]) -> None:
     """Serve FILE with llama-server; ARGS go to it as they are.
 
     Per-expert files run in the llama.cpp that mopeq-edge patches and installs, all others in any. What follows
-    FILE, also after a --, is llama-server's: mopeq-edge serve FILE -- --help shows its help.
+    FILE, also after a --, is llama-server's: mopeq-edge serve FILE -- --help shows its help. It listens on 127.0.0.1
+    unless --host names another address; --api-key KEY is for what other machines reach.
 
     \b
     Example:
@@ -74,7 +77,12 @@ def _start(name: str, build: str, file: Path, args: Sequence[str]) -> NoReturn:
     click.echo(start.message, err=True)
     # click leaves a -- that follows FILE in place
     passed = args[1:] if args[:1] == ("--",) else args
-    command = [str(start.program), "-m", str(file), *passed]
+    added: list[str] = []
+    if name == "llama-server":
+        added, warning = host_arguments(passed, os.environ)
+        if warning is not None:
+            click.echo(warning, err=True)
+    command = [str(start.program), "-m", str(file), *added, *passed]
     try:
         if os.name == "posix":
             _replace_this_process(command)
@@ -89,6 +97,7 @@ def _replace_this_process(command: list[str]) -> NoReturn:
     """Signals, the terminal and the exit code are then the tool's own."""
     sys.stdout.flush()
     sys.stderr.flush()
+    interrupts.uninstall()
     # Python ignores these for itself, and a program inherits what is ignored.
     for ignored in ("SIGPIPE", "SIGXFSZ"):
         signal.signal(getattr(signal, ignored), signal.SIG_DFL)
@@ -96,6 +105,7 @@ def _replace_this_process(command: list[str]) -> NoReturn:
 
 
 def _wait(command: list[str]) -> int:
+    interrupts.uninstall()
     with subprocess.Popen(command) as process:
         while True:
             try:

@@ -58,11 +58,12 @@ def calibrate(model: Path, **given: Any) -> None:
     Example:
       mopeq-edge calibrate OLMoE-1B-7B --text corpus.txt --work-dir olmoe.mopeq
     """
+    from mopeq_edge.alone import alone
     from mopeq_edge.cli.console import console_progress, print_json, print_table, rows_table
     from mopeq_edge.evaluate.chunks import read_text
     from mopeq_edge.pipeline_calibrate import run_calibrate
 
-    with console_progress() as progress:
+    with console_progress() as progress, alone(options.work_directory(given["work_dir"], model)):
         text = options.calibration_text(model, given["text"], given["imatrix"])
         context = _context(model, given, progress, lambda _: options.check_before_script(model, given, text))
         names = ("imatrix", "window", "chunks", "fisher", "seed", "trace", "probes", "trace_chunks")
@@ -108,12 +109,13 @@ def sensitivity(model: Path, **given: Any) -> None:
     Example:
       mopeq-edge sensitivity OLMoE-1B-7B --work-dir olmoe.mopeq --sample-rows 64
     """
+    from mopeq_edge.alone import alone
     from mopeq_edge.cli.console import console_progress, print_json, print_table, rows_table
     from mopeq_edge.pipeline import run_sensitivity
     from mopeq_edge.plan.candidates import parse_types
     from mopeq_edge.sensitivity.scores import UNITS
 
-    with console_progress() as progress:
+    with console_progress() as progress, alone(options.work_directory(given["work_dir"], model)):
         context = _context(model, given, progress)
         calibrated = _finished_calibration(context)
         kind = given["quantize_with"]
@@ -151,6 +153,7 @@ def plan(model: Path, **given: Any) -> None:
     Example:
       mopeq-edge plan OLMoE-1B-7B --target-gb 4 --work-dir olmoe.mopeq
     """
+    from mopeq_edge.alone import alone
     from mopeq_edge.atomic import atomic_write
     from mopeq_edge.cli.console import console_progress, print_json, print_table
     from mopeq_edge.pipeline import load_sensitivity, run_forecast, run_plan
@@ -162,7 +165,7 @@ def plan(model: Path, **given: Any) -> None:
     budget, fits, request = options.budget(given), options.fits_request(given), options.plan_request(given)
     if given["tensor_type_file"] is not None:
         request = for_llama_quantize(request)
-    with console_progress() as progress:
+    with console_progress() as progress, alone(options.work_directory(given["work_dir"], model)):
         context = _context(model, given, progress)
         calibrated = _finished_calibration(context)
         table = load_sensitivity(context.work)
@@ -247,13 +250,14 @@ def emit(model: Path, out: Path, **given: Any) -> None:
     Example:
       mopeq-edge emit OLMoE-1B-7B out.gguf --work-dir olmoe.mopeq
     """
+    from mopeq_edge.alone import alone
     from mopeq_edge.atomic import check_output
     from mopeq_edge.cli.console import console_progress, print_json
     from mopeq_edge.pipeline import check_plan, output_files, run_emit
     from mopeq_edge.plan.artifact import read_plan
     from mopeq_edge.split import check_parts
 
-    with console_progress() as progress:
+    with console_progress() as progress, alone(options.work_directory(given["work_dir"], model), out):
         context = _context(model, given, progress)
         split = options.split_bytes(given)
         (check_output if split is None else check_parts)(out, context.inputs, force=given["force"])

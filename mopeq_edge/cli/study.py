@@ -59,12 +59,13 @@ def study(model: Path, **given: Any) -> None:
     Example:
       mopeq-edge study OLMoE-1B-7B --work-dir olmoe.mopeq --budgets 3,3.5
     """
+    from mopeq_edge.alone import alone
     from mopeq_edge.cli.console import console_progress
     from mopeq_edge.study.plots import require_matplotlib
 
     if given["pictures"]:
         require_matplotlib()
-    with console_progress() as progress:
+    with console_progress() as progress, alone(options.work_directory(given["work_dir"], model)):
         shown = (_grid if given["ground_truth"] is None else _ground_truth)(model, given, progress)
     click.echo(shown)
 

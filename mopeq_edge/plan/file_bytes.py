@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from mopeq_edge.expert_groups.layout import VERSION, VERSION_KEY, Grouping, file_layout, file_specs
 from mopeq_edge.ggml.types import GgmlType
 from mopeq_edge.gguf_file import KV, TensorInfo, pad
-from mopeq_edge.gguf_layout import encode_kv, encode_tensor, uint32
+from mopeq_edge.gguf_layout import encode_kv, tensor_header_bytes, uint32
 from mopeq_edge.source.model import SourceTensor
 
 
@@ -19,7 +19,7 @@ class FileBytes:
     ) -> None:
         self._tensors = {tensor.name: tensor for tensor in tensors}
         place = file_layout(kvs, self._tensors.values(), types)
-        self._alignment = place.alignment
+        self._alignment, self._kvs = place.alignment, kvs
         self._version = len(encode_kv(VERSION_KEY, uint32(VERSION)))
         self._parts = {name: self._part(name, types[name]) for name in self._tensors}
         self._grouped = {name for name in self._tensors if not isinstance(types[name], GgmlType)}
@@ -45,4 +45,6 @@ class FileBytes:
         """(bytes of the tensor infos, of the padded data)"""
         specs = file_specs([self._tensors[name]], {name: kind})
         infos = [TensorInfo(part, shape, own, 0) for part, shape, own in specs]
-        return sum(len(encode_tensor(info)) for info in infos), sum(pad(i.nbytes, self._alignment) for i in infos)
+        return sum(tensor_header_bytes(info, self._kvs) for info in infos), sum(
+            pad(i.nbytes, self._alignment) for i in infos
+        )

@@ -20,7 +20,7 @@ from mopeq_edge.expert_groups.layout import (
 )
 from mopeq_edge.ggml.types import BY_NAME, I32, GgmlType
 from mopeq_edge.gguf_file import KV, TensorInfo, pad
-from mopeq_edge.gguf_layout import encode_kv, encode_tensor, uint32
+from mopeq_edge.gguf_layout import encode_kv, tensor_header_bytes, uint32
 from mopeq_edge.plan.artifact import MIXED, PER_EXPERT, Plan, PlannedGroup, PlannedTensor, id_runs
 from mopeq_edge.plan.candidates import Allowed
 from mopeq_edge.plan.menus import Problem, solve_menus
@@ -43,7 +43,7 @@ def per_expert_plan(source: Source, kvs: Mapping[str, KV], allowed: Mapping[str,
     fixed += sum(pad(t.nbytes, as_stored.alignment) for t in source.tensors if t.name not in allowed)
     # All data is padded, so the header may fill the last whole piece of the budget
     room = stock.budget_bytes // as_stored.alignment * as_stored.alignment - fixed
-    problem = _problem(tensors, kinds, allowed, as_stored.alignment)
+    problem = _problem(tensors, kinds, allowed, as_stored.alignment, kvs)
     found, bound = solve_menus(problem, room, spare=version)
     if found is None or found.damage >= stock.damage:
         return replace(stock, layout=PER_EXPERT, gap=_gap(stock.damage, bound))
@@ -73,7 +73,11 @@ def _gap(damage: float, bound: float) -> float:
 
 
 def _problem(
-    tensors: Sequence[SourceTensor], kinds: Sequence[GgmlType], allowed: Mapping[str, Allowed], alignment: int
+    tensors: Sequence[SourceTensor],
+    kinds: Sequence[GgmlType],
+    allowed: Mapping[str, Allowed],
+    alignment: int,
+    kvs: Mapping[str, KV],
 ) -> Problem:
     column = {kind: index for index, kind in enumerate(kinds)}
     units = [_units(t) for t in tensors]
@@ -95,7 +99,7 @@ def _problem(
             if grouped[index]:
                 padding[index, at] = spare
                 group_padding[index, at] = alignment - math.gcd(own, alignment)
-    overhead = np.array([_overhead(t, alignment) if is_stack(t) else [0] * (MAX_GROUPS + 1) for t in tensors])
+    overhead = np.array([_overhead(t, alignment, kvs) if is_stack(t) else [0] * (MAX_GROUPS + 1) for t in tensors])
     stack = np.repeat(np.arange(len(tensors)), units)
     shape = (len(tensors), MAX_GROUPS + 1)
     return Problem(costs, damages, stack, overhead.reshape(shape).astype(np.int64), padding, group_padding, grouped)
@@ -116,15 +120,15 @@ def _units(tensor: SourceTensor) -> int:
     return tensor.n_matrices if is_stack(tensor) else 1
 
 
-def _overhead(stack: SourceTensor, alignment: int) -> list[int]:
+def _overhead(stack: SourceTensor, alignment: int, kvs: Mapping[str, KV]) -> list[int]:
     """Bytes that 0 to MAX_GROUPS groups of ``stack`` add to a file of the stack in one tensor, beyond weights."""
     kind = BY_NAME["F32"]
-    whole = len(encode_tensor(TensorInfo(stack.name, stack.shape, kind, 0)))
-    group = len(encode_tensor(TensorInfo(group_name(stack.name, 0), stack.shape, kind, 0)))
+    whole = tensor_header_bytes(TensorInfo(stack.name, stack.shape, kind, 0), kvs)
+    group = tensor_header_bytes(TensorInfo(group_name(stack.name, 0), stack.shape, kind, 0), kvs)
     extra = [0, 0]
     for n in range(2, MAX_GROUPS + 1):
         table = TensorInfo(map_name(stack.name), (n, stack.n_matrices), I32, 0)
-        extra.append(n * group + len(encode_tensor(table)) + pad(table.nbytes, alignment) - whole)
+        extra.append(n * group + tensor_header_bytes(table, kvs) + pad(table.nbytes, alignment) - whole)
     return extra
 
 

@@ -72,6 +72,7 @@ def install(
             lambda: progress.note("another installation of llama.cpp runs; waiting for it"),
         )
         with lock:
+            _put_back(root)
             found = None if force else find_runtime(build, backend)
             if found is not None:
                 return found
@@ -182,6 +183,14 @@ def _write_stamp(directory: Path, version: str, name: str, backend: str, options
     }
     text = json.dumps(stamp, indent=2, sort_keys=True) + "\n"
     (directory / STAMP_NAME).write_text(text, encoding="utf-8")
+
+
+def _put_back(root: Path) -> None:
+    """An earlier build that was moved away by an installation that was killed before the new one took its place."""
+    for old in sorted(root.glob("llama.cpp-*.old-*")):
+        target = old.with_name(old.name.rpartition(".old-")[0])
+        if not target.exists():
+            old.rename(target)
 
 
 def _replace(target: Path, staged: Path, old: Path) -> None:

@@ -2,39 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
-if sys.platform == "win32":
-    import msvcrt
-    import time
+from mopeq_edge.file_lock import try_lock
 
-    def _try_lock(file: IO[bytes]) -> bool:
-        try:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-
-    def _wait_for_lock(file: IO[bytes]) -> None:
-        while not _try_lock(file):
-            time.sleep(1)
-
-else:
-    import fcntl
-
-    def _try_lock(file: IO[bytes]) -> bool:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def _wait_for_lock(file: IO[bytes]) -> None:
-        fcntl.flock(file, fcntl.LOCK_EX)
+_POLL_SECONDS = 0.5
 
 
 @contextmanager
@@ -45,7 +20,8 @@ def exclusive_lock(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
     stays. Raises OSError if it cannot be opened or locked.
     """
     with path.open("ab") as file:
-        if not _try_lock(file):
+        if not try_lock(file):
             on_wait()
-            _wait_for_lock(file)
+            while not try_lock(file):
+                time.sleep(_POLL_SECONDS)
         yield

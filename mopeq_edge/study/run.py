@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mopeq_edge.artifacts import file_digest
+from mopeq_edge.atomic import remove_leftovers
 from mopeq_edge.evaluate.run import evaluate
 from mopeq_edge.gguf_file import read_header
 from mopeq_edge.pipeline import run_emit
@@ -49,9 +50,7 @@ def _run(setup: Setup, case: Case, made_from: str, keep: bool) -> Row:
     folder = setup.context.work.file("study")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{case.name}.gguf"
-    # of a study that was killed while it wrote this file
-    for unfinished in folder.glob(f".{path.name}.*.tmp"):
-        unfinished.unlink()
+    remove_leftovers(folder, ".*")
     start = time.monotonic()
     try:
         _write(setup, case, path)

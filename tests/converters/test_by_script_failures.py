@@ -231,3 +231,26 @@ def test_without_torch(lfm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(by_script.importlib.util, "find_spec", lambda name: None if name == "torch" else name)
     with pytest.raises(MopeqError, match=r"needs torch, not installed; run: pip install 'mopeq-edge\[calibrate\]'"):
         convert(lfm2, tmp_path / "work")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="parents of POSIX")
+def test_the_script_ends_with_a_killed_parent(tmp_path: Path) -> None:
+    child = "from converters.script_child import end_with_parent; import time; end_with_parent(); time.sleep(60)"
+    parent = (
+        "import subprocess, sys, time\n"
+        "print(subprocess.Popen([sys.executable, '-c', sys.argv[1]]).pid, flush=True)\n"
+        "time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", parent, child], stdout=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        pid = int(running.stdout.readline())
+        time.sleep(1)
+        os.kill(pid, 0)
+        running.kill()
+    until = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < until:
+        # a killed parent's child that nobody waits for stays as a zombie where no init collects it
+        if "Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]:
+            break
+        time.sleep(0.05)
+    assert time.monotonic() < until

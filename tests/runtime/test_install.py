@@ -23,6 +23,7 @@ from mopeq_edge.runtime.cmake import CMakeBuild, cmake_options, percent_done
 from mopeq_edge.runtime.install import install
 from mopeq_edge.runtime.locate import Runtime, find_runtime, library_dir, pinned_version, runtime_directory
 
+from .builds import write_build
 from .conftest import Recorder, SdistMaker
 
 REFUSES = {"CMakeLists.txt": 'cmake_minimum_required(VERSION 3.14)\nmessage(FATAL_ERROR "no luck 4711")\n'}
@@ -310,6 +311,20 @@ def test_incomplete_build_gets_no_stamp(
     monkeypatch.setattr(CMakeBuild, "build", lambda *args: None)
     assert message in message_of(sdists.tree())
     assert names(cache) == ["runtime.lock"]
+
+
+def test_an_installer_killed_between_two_names_loses_no_build(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, recorder: Recorder
+) -> None:
+    monkeypatch.setenv("PATH", "")  # nothing can be built
+    target = write_build(cache, "stock").parent
+    found = find_runtime()
+    assert found is not None
+    assert found.directory == target
+    target.rename(target.with_name(f"{target.name}.old-123"))
+    assert find_runtime() is None
+    assert install(recorder) == found
+    assert target.is_dir()
 
 
 def test_earlier_build_comes_back_if_the_new_one_cannot_take_its_place(

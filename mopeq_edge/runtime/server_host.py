@@ -1,0 +1,33 @@
+"""Which addresses llama-server listens on: this machine's alone, unless the user says otherwise."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+LOOPBACK = "127.0.0.1"
+_OPTION, _VARIABLE = "--host", "LLAMA_ARG_HOST"
+
+
+def host_arguments(given: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], str | None]:
+    """(what to add to the arguments ``given`` to llama-server, a warning or None).
+
+    Without a host of the user's it is :data:`LOOPBACK`, explicitly: llama-server's default may change.
+    """
+    host = next((value for name, value in reversed(list(pairwise(given))) if name == _OPTION), None)
+    host = host if host is not None else environment.get(_VARIABLE)
+    if host is None:
+        return [_OPTION, LOOPBACK], None
+    if is_local(host):
+        return [], None
+    key = "" if {"--api-key", "--api-key-file"} & set(given) else ", and without --api-key they need no key"
+    return [], f"warning: {_OPTION} {host}: other machines can reach the server{key}"
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine reaches ``host``: a loopback address, localhost, or a socket file."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".sock")
