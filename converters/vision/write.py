@@ -16,9 +16,9 @@ import onnx
 from converters.onnx_graph import Array, Floats, Graph
 from converters.vision.families import Family
 from converters.vision.weights import F32, Tensors, Weights
-from mopeq_edge.errors import OutputError, SourceError
-from mopeq_edge.vision.description import KEY, Description
-from mopeq_edge.vision.session import VisionSession, weights_file
+from mopeq_edge.errors import FormatError, OutputError, SourceError
+from mopeq_edge.vision.description import KEY, Description, read_description
+from mopeq_edge.vision.session import VisionSession, check_weights, weights_file
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,19 @@ def write_vision(
         os.replace(weights_file(written.path), weights_file(out))
         os.replace(written.path, out)
     return VisionFile(out, written.description, written.file_bytes)
+
+
+def read_vision(path: Path) -> VisionFile:
+    """What is at ``path``, without its weights. Raises :class:`FormatError` for what is damaged or not whole."""
+    try:
+        model = onnx.load(path, load_external_data=False)
+    # protobuf's errors have no base that onnx would promise
+    except Exception as error:
+        raise FormatError(f"{path}: is no ONNX file ({' '.join(str(error).split())[:80]}); write it again") from None
+    said = {entry.key: entry.value for entry in model.metadata_props}
+    described = read_description(said.get(KEY), str(path))
+    check_weights(path, described)
+    return VisionFile(path, described, path.stat().st_size + described.weights_bytes)
 
 
 def _write(

@@ -14,6 +14,7 @@ from typing import Any
 from mopeq_edge.errors import FormatError
 
 KEY, FORMAT, VERSION = "mopeq.vision", "mopeq-edge vision", 1
+ENDING = ".vision.onnx"
 TILES, CROPS = "tiles", "crops"
 TYPES = ("F32", "F16", "INT8")
 

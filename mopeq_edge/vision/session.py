@@ -15,7 +15,7 @@ from mopeq_edge.vision.description import KEY, Description, read_description
 
 Floats = npt.NDArray[np.float32]
 
-ENDING, WEIGHTS_ENDING = ".vision.onnx", ".data"
+WEIGHTS_ENDING = ".data"
 STAMP = 64
 """Bytes at the end of the file with the weights that say what it was made from."""
 
@@ -30,13 +30,11 @@ class VisionSession:
     fit.
     """
 
-    def __init__(self, path: Path, threads: int, *, whole: bool = True) -> None:
+    def __init__(self, path: Path, threads: int) -> None:
         if not path.is_file():
             raise FormatError(f"{path}: does not exist; expected the vision file that mopeq-edge convert wrote")
-        if whole and not weights_file(path).is_file():
-            raise FormatError(
-                f"{path}: its weights, {weights_file(path).name}, are not beside it; move or copy both files together"
-            )
+        if not weights_file(path).is_file():
+            raise _alone(path)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -73,6 +71,8 @@ class VisionSession:
 def check_weights(path: Path, description: Description) -> None:
     """Raise :class:`FormatError` if the file with the weights of ``path`` is not the one that it was written with."""
     weights = weights_file(path)
+    if not weights.is_file():
+        raise _alone(path)
     size = weights.stat().st_size
     if size != description.weights_bytes:
         raise FormatError(
@@ -83,3 +83,9 @@ def check_weights(path: Path, description: Description) -> None:
         stamp = file.read()
     if stamp != description.made_from.encode():
         raise FormatError(f"{weights}: belongs to another {path.name}; copy both files again")
+
+
+def _alone(path: Path) -> FormatError:
+    return FormatError(
+        f"{path}: its weights, {weights_file(path).name}, are not beside it; move or copy both files together"
+    )

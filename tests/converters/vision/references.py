@@ -116,12 +116,12 @@ def text_logits(model: Any, parts: list[Any]) -> Floats:
     """[n, n_vocab] of transformers' text model: tokens [n] through its embedding, embeddings [n, n_embd] as they
     are.
     """
-    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else model.model.embed_tokens
+    inner = model.model
     with torch.no_grad():
         rows = [
-            torch.from_numpy(part) if part.ndim == 2 else table(torch.from_numpy(part.astype(np.int64)))
+            torch.from_numpy(part) if part.ndim == 2 else inner.embed_tokens(torch.from_numpy(part.astype(np.int64)))
             for part in parts
         ]
-        found = model(inputs_embeds=torch.cat(rows)[None])
-    logits = found if isinstance(found, torch.Tensor) else found.logits
-    return logits[0].float().numpy()
+        hidden = inner(inputs_embeds=torch.cat(rows)[None], use_cache=False).last_hidden_state
+        found: Floats = model.lm_head(hidden)[0].float().numpy()
+    return found
