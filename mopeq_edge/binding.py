@@ -174,11 +174,6 @@ class LlamaModel:
         return int(self._c.llama_vocab_bos(self._vocab))
 
     @property
-    def eos(self) -> int:
-        """The token that ends a text, -1 if the vocabulary has none."""
-        return int(self._c.llama_vocab_eos(self._vocab))
-
-    @property
     def n_embd(self) -> int:
         """Width of an embedding that can be read in the place of a token."""
         return int(self._c.llama_model_n_embd_inp(self._model))

@@ -149,7 +149,7 @@ def write_checkpoint(out: Path, options: Options) -> Path:
     stem, ending = ("pytorch_model", "bin") if options.torch else ("model", "safetensors")
     names = [f"{stem}-{i + 1:05}-of-{len(shards):05}.{ending}" for i in range(len(shards))]
     names = names if len(shards) > 1 else [f"{stem}.{ending}"]
-    write = _write_torch if options.torch else _write_safetensors
+    write = _write_torch if options.torch else write_weights
     for name, shard in zip(names, shards, strict=True):
         write(out / name, shard, dtype, options.seed)
     if len(shards) > 1:
@@ -171,7 +171,8 @@ def _shards(shapes: Shapes, size: int, limit: int) -> Iterator[Shapes]:
     yield own
 
 
-def _write_safetensors(path: Path, shapes: Shapes, dtype: str, seed: int) -> None:
+def write_weights(path: Path, shapes: Shapes, dtype: str, seed: int) -> None:
+    """A safetensors file of ``shapes``, a chunk at a time."""
     kind, size = DTYPES[dtype]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0

@@ -14,7 +14,7 @@ from typing import Any
 from converters.key_values import need_number
 from converters.onnx_graph import Value
 from converters.vision.blocks import attention, gelu, gelu_tanh, patches
-from converters.vision.settings import check, colour, processor_settings
+from converters.vision.settings import check, colour, part, processor_settings
 from converters.vision.weights import Weights
 from mopeq_edge.errors import SourceError
 from mopeq_edge.vision.description import TILES, Prompt, Tiles
@@ -55,6 +55,7 @@ class Tower:
     layout: Tiles
     prompt: Prompt
     kind: str = TILES
+    unused: tuple[str, ...] = ("vision.attn_pool.",)
 
     @property
     def n_side(self) -> int:
@@ -65,14 +66,14 @@ class Tower:
 def read_tower(directory: Path, config: Mapping[str, Any]) -> Tower:
     """The settings of a checkpoint. Raises :class:`SourceError` for what is not computed here."""
     check({"tile_tag": "2D", **config}, {"tile_tag": "2D"})
-    vision, projector = _part(config, "vision_config", _VISION), _part(config, "projector_config", _PROJECTOR)
+    vision, projector = part(config, "vision_config", _VISION), part(config, "projector_config", _PROJECTOR)
     check(vision, {"class_token": False}, "vision_config")
     check(projector, {"projector_type": "downsample_mlp_gelu", "token_pooling": False}, "projector_config")
     where = processor_settings(directory, ("processor_config.json", "preprocessor_config.json"))
     said = {"candidate_resolutions": [[384, 384]], **config, **_PROCESSOR, **where}
     size, patch, down = (
-        need_number(part, key)
-        for part, key in ((vision, "image_size"), (vision, "patch_size"), (projector, "downsample_ratio"))
+        need_number(settings, key)
+        for settings, key in ((vision, "image_size"), (vision, "patch_size"), (projector, "downsample_ratio"))
     )
     width, heads = need_number(vision, "width"), need_number(vision, "heads")
     if width % heads or size < patch:
@@ -84,7 +85,7 @@ def read_tower(directory: Path, config: Mapping[str, Any]) -> Tower:
     if said.get("global_view_pos", "head") not in ("head", "tail"):
         raise SourceError(f"config.json has global_view_pos {said['global_view_pos']!r}, expected 'head' or 'tail'")
     n_embd = need_number(projector, "n_embed")
-    text_width = _part(config, "language_config", {"hidden_size": 4096})["hidden_size"]
+    text_width = part(config, "language_config", {"hidden_size": 4096})["hidden_size"]
     if n_embd != text_width:
         raise SourceError(
             f"config.json has n_embed {n_embd} in projector_config, but hidden_size {text_width} in language_config; "
@@ -166,13 +167,6 @@ def _project(tower: Tower, weights: Weights, x: Value) -> Value:
         x = weights.linear(x, f"projector.layers.{2 * layer}", n_out, n_in)
         x, n_in = x if last else gelu(graph, x), n_out
     return x
-
-
-def _part(config: Mapping[str, Any], key: str, assumed: Mapping[str, Any]) -> dict[str, Any]:
-    found = config.get(key)
-    if not isinstance(found, Mapping):
-        raise SourceError(f"config.json has {key} {found!r}, expected an object; use the config.json of these weights")
-    return {**assumed, **found}
 
 
 def _candidates(found: Any, size: int) -> tuple[tuple[int, int], ...]:

@@ -7,19 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converters.vision import deepseek_vl2
+from converters.vision import deepseek_vl2, molmoe
 from converters.vision.weights import Tensors, Weights
 
 
 @dataclass(frozen=True)
 class Family:
-    """How a vision side is read and built. What ``read`` gives has ``kind``, ``n_embd``, ``layout`` and ``prompt``."""
+    """How a vision side is read and built.
+
+    What ``read`` gives has ``kind``, ``n_embd``, ``layout`` and ``prompt`` of the description, and ``unused``: what
+    the names of tensors begin with that nothing computes.
+    """
 
     name: str
     prefixes: tuple[str, ...]
     """What the names of its tensors begin with."""
-    unused: tuple[str, ...]
-    """Of these the tensors that nothing computes."""
     read: Callable[[Path, Mapping[str, Any], Tensors], Any]
     build: Callable[[Any, Weights], None]
 
@@ -27,14 +29,15 @@ class Family:
 DEEPSEEK_VL2 = Family(
     "DeepSeek-VL2",
     deepseek_vl2.ROOT,
-    ("vision.attn_pool.",),
     lambda directory, config, _: deepseek_vl2.read_tower(directory, config),
     deepseek_vl2.build,
 )
+MOLMOE = Family("MolmoE", molmoe.ROOT, molmoe.read_tower, molmoe.build)
 
 FAMILIES: Mapping[str, Family] = {
     "DeepseekVLV2ForCausalLM": DEEPSEEK_VL2,
     "deepseek_vl_v2": DEEPSEEK_VL2,
+    "OLMoForCausalLM": MOLMOE,
 }
 
 

@@ -23,6 +23,14 @@ def check(found: Mapping[str, Any], only: Mapping[str, Any], where: str = "") ->
             )
 
 
+def part(config: Mapping[str, Any], key: str, assumed: Mapping[str, Any]) -> dict[str, Any]:
+    """The object under ``key``, with what is assumed where it says nothing."""
+    found = config.get(key)
+    if not isinstance(found, Mapping):
+        raise SourceError(f"config.json has {key} {found!r}, expected an object; use the config.json of these weights")
+    return {**assumed, **found}
+
+
 def processor_settings(directory: Path, names: Sequence[str]) -> dict[str, Any]:
     """What the first of the files ``names`` that is there says; nothing if there is none."""
     for name in names:

@@ -91,7 +91,7 @@ def _write(
         file.flush()
         os.fsync(file.fileno())
     for name in checkpoint.shapes:
-        if name.startswith(family.prefixes) and name not in weights.used and not name.startswith(family.unused):
+        if name.startswith(family.prefixes) and name not in weights.used and not name.startswith(tower.unused):
             raise SourceError(
                 f"tensor '{name}' is not known in the vision side of a {family.name} with these settings; use the "
                 "config.json of these weights, or give --text-only for the GGUF alone"

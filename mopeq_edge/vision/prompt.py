@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from mopeq_edge.binding import Floats, LlamaModel, Tokens
 from mopeq_edge.errors import PlanError
+from mopeq_edge.gguf_file import read_header
 from mopeq_edge.vision.description import Description, Prompt
 
 
@@ -19,8 +21,8 @@ def lay_out(
     Each text between two pictures is tokenized by itself, as in the released processors. Raises :class:`PlanError`
     where a question has marks for another number of pictures.
     """
-    begin = model.bos if model.bos >= 0 else model.eos
-    parts: list[Tokens | Floats] = [np.array([begin], np.int32)] if begin >= 0 else []
+    begin = first_token(model.path)
+    parts: list[Tokens | Floats] = [] if begin is None else [np.array([begin], np.int32)]
     prompt = description.prompt
     if not prompt.mark:
         parts += pictures
@@ -34,6 +36,18 @@ def lay_out(
         if i < len(pictures):
             parts.append(pictures[i])
     return parts
+
+
+def first_token(gguf: Path) -> int | None:
+    """The token that begins a text, or, as in the released processors, the one that ends it if there is none.
+
+    From the file's own keys: llama.cpp assumes a number where they say nothing.
+    """
+    header = read_header(gguf)
+    for name in ("bos", "eos"):
+        if isinstance(token := header.get(f"tokenizer.ggml.{name}_token_id"), int):
+            return token
+    return None
 
 
 def marked(prompt: Prompt, question: str, n_pictures: int) -> str:

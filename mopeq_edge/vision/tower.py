@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from mopeq_edge.vision.crops import crop, stitch
 from mopeq_edge.vision.description import Crops, Tiles
 from mopeq_edge.vision.session import Floats, VisionSession
 from mopeq_edge.vision.tiles import arrange, cut
@@ -39,6 +40,10 @@ class Tower:
         embeddings = np.stack([outputs["embeddings"] for outputs in seen])
         return arrange(embeddings, place, layout, seen[0]["image_newline"], seen[0]["view_seperator"])
 
-    def _crops(self, image: Image.Image, n_images: int, name: str) -> Floats:
-        assert isinstance(self.description.layout, Crops)
-        raise NotImplementedError
+    def _crops(self, image: Image.Image, _: int, name: str) -> Floats:
+        layout = self.description.layout
+        assert isinstance(layout, Crops)
+        place = crop(image, layout, name)
+        views = zip(place.pixels, place.masks, strict=True)
+        seen = [self._session.run({"pixels": pixels[None], "mask": mask}) for pixels, mask in views]
+        return stitch(np.stack([outputs["embeddings"] for outputs in seen]), place, layout, seen[0]["picture_tokens"])

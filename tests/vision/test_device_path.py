@@ -16,14 +16,15 @@ from mopeq_edge.errors import MopeqError, PlanError
 from mopeq_edge.source.checkpoint import Checkpoint
 from mopeq_edge.source.open import open_source
 from mopeq_edge.vision.answer import Question, answer, see
+from mopeq_edge.vision.crops import crop
 from mopeq_edge.vision.image_file import open_image
 from mopeq_edge.vision.prompt import lay_out
 from mopeq_edge.vision.sample import Sampling
 from mopeq_edge.vision.tiles import cut
-from tools.vision_language_configs import BASE, SMALL, TINY
+from tools.vision_language_configs import BASE, MOLMOE, SMALL, TINY
 
 from ..builders import write_gguf
-from ..converters.vision.references import text_logits, vl2_picture
+from ..converters.vision.references import molmo_crops, text_logits, vl2_picture, weights
 from ..converters.vision_language import VISION_LANGUAGE
 from .pictures import picture
 
@@ -88,6 +89,47 @@ def test_logits_are_those_of_the_whole_model_in_torch(name: str, tmp_path: Path,
     # the text behind the pictures depends on them
     other = text_logits(reference, [*whole[:2], pictures[0][::-1].copy(), *whole[3:]])
     assert np.abs(other - expected)[-1].max() > 0.05 * expected.std()
+
+
+def test_logits_of_molmoe_are_those_of_the_whole_model_in_torch(tmp_path: Path, photos: tuple[Path, ...]) -> None:
+    """Two pictures, then the text; crops by our own tiling, everything behind it in torch."""
+    directory, gguf, vision = make(MOLMOE, tmp_path)
+    tower, seen = see(Question(gguf, vision, photos, QUESTION))
+    with LlamaModel(gguf, n_threads=1, n_ctx=1024, plain=True) as model:
+        parts = lay_out(model, tower.description, QUESTION, seen)
+        got = model.mixed_logits(parts)
+    layout: Any = tower.description.layout
+    places = [crop(open_image(path), layout) for path in photos]
+    _, tensors = weights(directory)
+    added = json.loads((directory / "tokenizer.json").read_text())["added_tokens"]
+    table = tensors["model.transformer.wte.new_embedding"].numpy()
+    row = {token["content"]: table[token["id"] - 4104] for token in added if token["id"] >= 4104}
+    pictures = []
+    for place in places:
+        crops = molmo_crops(directory, place.pixels, place.masks).reshape(-1, 6, 6, 64)
+        # tokens by their place in the whole grid: of a crop those that are two from its edge, or at the picture's
+        grid = np.zeros((2 * place.rows + 4, 2 * place.columns + 4, 64), np.float32)
+        for y in range(len(grid)):
+            for x in range(grid.shape[1]):
+                r, c = min(max((y - 2) // 2, 0), place.rows - 1), min(max((x - 2) // 2, 0), place.columns - 1)
+                grid[y, x] = crops[1 + r * place.columns + c][y - 2 * r, x - 2 * c]
+        sequence = []
+        for view in (crops[0], grid):
+            sequence.append(row["<im_start>"])
+            for line in view:
+                sequence += [*(line + row["<im_patch>"]), row["<im_col>"]]
+            sequence.append(row["<im_end>"])
+        pictures.append(np.stack(sequence))
+    (text,) = encoded(directory, f" User: {QUESTION} Assistant:")
+    (first,) = encoded(directory, "<|endoftext|>")
+    whole = [first, *pictures, text]
+    reference = VISION_LANGUAGE[MOLMOE][1](directory)
+    expected = text_logits(reference, whole)
+    assert [part.shape for part in parts] == [part.shape for part in whole]
+    assert expected.std() > 0.5
+    assert np.abs(got - expected).max() < 1e-4 * expected.std()
+    other = text_logits(reference, [first, pictures[1], pictures[0], text])
+    assert np.abs(other - expected)[-1].max() > 0.01 * expected.std()
 
 
 def test_embeddings_of_tokens_are_as_good_as_tokens(bf16_gguf: Path, tiny_source: Any, evaluation_text: str) -> None:

@@ -125,3 +125,85 @@ def text_logits(model: Any, parts: list[Any]) -> Floats:
         hidden = inner(inputs_embeds=torch.cat(rows)[None], use_cache=False).last_hidden_state
         found: Floats = model.lm_head(hidden)[0].float().numpy()
     return found
+
+
+def clip(directory: Path) -> Any:
+    """transformers' CLIP tower with the weights of a MolmoE; the norm behind its layers is not looked at."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config, tensors = weights(directory)
+    vit = config["vision_backbone"]
+    settings = CLIPVisionConfig(
+        hidden_size=vit["image_emb_dim"],
+        intermediate_size=vit["image_mlp_dim"],
+        num_hidden_layers=vit["image_num_layers"],
+        num_attention_heads=vit["image_num_heads"],
+        image_size=vit["image_default_input_size"][0],
+        patch_size=vit["image_patch_size"],
+        hidden_act="quick_gelu",
+        layer_norm_eps=vit["image_norm_eps"],
+    )
+    model = CLIPVisionModel(settings).eval()
+    prefix = "vision_model." if any(n.startswith("vision_model.") for n, _ in model.named_parameters()) else ""
+    root, side = "model.vision_backbone.image_vit.", vit["image_patch_size"]
+    patch = tensors[f"{root}patch_embedding.weight"].reshape(-1, side, side, 3).permute(0, 3, 1, 2)
+    found = {
+        "embeddings.class_embedding": tensors[f"{root}class_embedding"],
+        "embeddings.position_embedding.weight": tensors[f"{root}positional_embedding"],
+        "embeddings.patch_embedding.weight": patch,
+        **{f"post_layernorm.{kind}": torch.ones(vit["image_emb_dim"]) for kind in ("weight", "bias")},
+    }
+    names = {
+        **{"attention_norm": "layer_norm1", "ffn_norm": "layer_norm2", "attention.wo": "self_attn.out_proj"},
+        **{f"attention.w{which}": f"self_attn.{which}_proj" for which in "qkv"},
+        **{"feed_forward.w1": "mlp.fc1", "feed_forward.w2": "mlp.fc2"},
+    }
+    for kind in ("weight", "bias"):
+        found[f"pre_layrnorm.{kind}"] = tensors[f"{root}pre_ln.{kind}"]
+        for i in range(vit["image_num_layers"]):
+            for ours, theirs in names.items():
+                own = tensors[f"{root}transformer.resblocks.{i}.{ours}.{kind}"]
+                found[f"encoder.layers.{i}.{theirs}.{kind}"] = own
+    _fill(model, {prefix + name: value for name, value in found.items()})
+    return model
+
+
+def molmo_crops(directory: Path, pixels: Floats, masks: Floats) -> Floats:
+    """[n_crops, tokens², n_embd] of crops [n, 3, side, side] and masks [n, patches], a token at a time.
+
+    x = both layers of a patch + a vector of padding; of four x the mean asks, softmax(q kᵀ / √d) v in each head
+    answers; then W₂ (silu(W₁ y) · W₃ y).
+    """
+    config, tensors = weights(directory)
+    vit, root = config["vision_backbone"], "model.vision_backbone."
+    heads, side = vit["image_num_heads"], vit["image_default_input_size"][0] // vit["image_patch_size"]
+
+    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
+        bias = tensors.get(f"{root}{name}.bias")
+        y = x @ tensors[f"{root}{name}.weight"].T
+        return y if bias is None else y + bias
+
+    found = []
+    with torch.no_grad():
+        hidden = clip(directory)(torch.from_numpy(pixels), output_hidden_states=True).hidden_states[1:]
+        both = torch.cat([hidden[layer] for layer in config["vit_layers"]], dim=-1)[:, 1:]
+        for crop, mask in zip(both, masks, strict=True):
+            x = crop.clone()
+            for i, share in enumerate(mask):
+                if share == 0:
+                    x[i] += tensors[f"{root}pad_embed"][0]
+                elif share < 1:
+                    x[i] += tensors[f"{root}pad_embed"][1]
+            rows = []
+            for row in range(0, side, 2):
+                for column in range(0, side, 2):
+                    at = row * side + column
+                    four = x[[at, at + 1, at + side, at + side + 1]]
+                    q = linear("image_pooling_2d.wq", four.mean(0)).reshape(heads, -1)
+                    k, v = (linear(f"image_pooling_2d.{w}", four).reshape(4, heads, -1) for w in ("wk", "wv"))
+                    scores = torch.einsum("hd,khd->hk", q, k) / math.sqrt(q.shape[-1])
+                    rows.append(torch.einsum("hk,khd->hd", scores.softmax(-1), v).reshape(-1))
+            y = linear("image_pooling_2d.wo", torch.stack(rows))
+            gate = linear("image_projector.w1", y)
+            found.append(linear("image_projector.w2", gate * gate.sigmoid() * linear("image_projector.w3", y)))
+    return torch.stack(found).numpy()
