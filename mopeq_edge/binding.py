@@ -1,4 +1,4 @@
-"""A model in llama.cpp through the low-level binding: tokens in, logits out.
+"""A model in llama.cpp through the low-level binding: tokens or embeddings in, logits out.
 
 Only the C API is used, so that every number here is llama.cpp's own. The log is kept silent; its last
 error line becomes the message when a call fails.
@@ -11,6 +11,7 @@ import os
 import re
 import threading
 from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -72,6 +73,7 @@ class LlamaModel:
         self._context: Any = None
         self._batch: Any = None
         self._nodes, self._callback = nodes, None if nodes is None else nodes.callback(self._c)
+        self._embedding_batch: Any = None
         self._closed = False
         self._log.acquire()
         try:
@@ -119,22 +121,28 @@ class LlamaModel:
                 f"{self._log.reason()}"
             )
         self._n_batch = n_batch
-        self._batch = c.llama_batch_init(n_batch, 0, 1)
-        for row in range(n_batch):
-            self._batch.n_seq_id[row] = 1
-            self._batch.seq_id[row][0] = 0
+        self._batch = self._new_batch(0)
+
+    def _new_batch(self, n_embd: int) -> Any:
+        """A batch of the one sequence: of tokens, or of embeddings of ``n_embd`` numbers."""
+        batch = self._c.llama_batch_init(self._n_batch, n_embd, 1)
+        for row in range(self._n_batch):
+            batch.n_seq_id[row] = 1
+            batch.seq_id[row][0] = 0
+        return batch
 
     def close(self) -> None:
         """Free the context and the model. May be called twice."""
         if self._closed:
             return
-        if self._batch is not None:
-            self._c.llama_batch_free(self._batch)
+        for batch in (self._batch, self._embedding_batch):
+            if batch is not None:
+                self._c.llama_batch_free(batch)
         if self._context:
             self._c.llama_free(self._context)
         if self._model:
             self._c.llama_model_free(self._model)
-        self._batch = self._context = self._model = self._vocab = None
+        self._batch = self._embedding_batch = self._context = self._model = self._vocab = None
         self._log.release()
         self._closed = True
 
@@ -170,6 +178,11 @@ class LlamaModel:
     def bos(self) -> int:
         """The token that begins a text, -1 if the vocabulary has none."""
         return int(self._c.llama_vocab_bos(self._vocab))
+
+    @property
+    def n_embd(self) -> int:
+        """Width of an embedding that can be read in the place of a token."""
+        return int(self._c.llama_model_n_embd_inp(self._model))
 
     def tokenize(self, text: str, add_special: bool = False, parse_special: bool = False) -> Tokens:
         """``text`` as token ids, int32 [n_tokens].
@@ -207,14 +220,22 @@ class LlamaModel:
         Row i belongs to position ``first`` + i and rates the token after it. The tokens [n_tokens] are
         decoded in batches of ``n_batch``; positions before ``first`` cost no output row.
         """
-        ids = self._fresh(tokens)
-        rows = np.empty((len(ids) - first, self.n_vocab), np.float32)
-        for start in range(0, len(ids), self._n_batch):
-            part = ids[start : start + self._n_batch]
-            got = self._decode(part, start, first)
-            end = start + len(part) - first
-            if len(got):
-                rows[end - len(got) : end] = got
+        return self.mixed_logits([np.ascontiguousarray(tokens, np.int32)], first)
+
+    def mixed_logits(self, parts: Sequence[Tokens | Floats], first: int = 0) -> Floats:
+        """The same of a sequence in parts: int32 tokens [n], or float32 embeddings [n, n_embd] in the place of n
+        tokens.
+        """
+        length = self._begin(parts)
+        rows = np.empty((length - first, self.n_vocab), np.float32)
+        start = 0
+        for part in parts:
+            for at in range(0, len(part), self._n_batch):
+                piece = part[at : at + self._n_batch]
+                got = self._decode(piece, start, first)
+                start += len(piece)
+                if len(got):
+                    rows[start - first - len(got) : start - first] = got
         return rows
 
     def step_logits(self, tokens: npt.ArrayLike) -> Floats:
@@ -246,14 +267,22 @@ class LlamaModel:
         It ends before a token that ends generation.
         """
         ids = np.ascontiguousarray(prompt_tokens, np.int32)
-        self._check_length(len(ids) + n)
-        token = int(self.logits(ids, first=len(ids) - 1)[0].argmax())
-        continuation: list[int] = []
-        while len(continuation) < n and not self._c.llama_vocab_is_eog(self._vocab, token):
-            continuation.append(token)
-            position = len(ids) + len(continuation) - 1
-            token = int(self._decode(np.array([token], np.int32), position, 0)[0].argmax())
-        return continuation
+        return list(self.continuation([ids], n, lambda row: int(row.argmax())))
+
+    def continuation(self, parts: Sequence[Tokens | Floats], n: int, choose: Callable[[Floats], int]) -> Iterator[int]:
+        """At most ``n`` tokens behind the parts of :meth:`mixed_logits`, each as ``choose`` picks it from its logits.
+
+        It ends before a token that ends generation. ``choose`` gets a row [n_vocab] that is valid during its call.
+        """
+        length = sum(len(part) for part in parts)
+        self._check_length(length + n)
+        token = choose(self.mixed_logits(parts, first=length - 1)[0])
+        for position in range(length, length + n):
+            if self._c.llama_vocab_is_eog(self._vocab, token):
+                return
+            yield token
+            if position + 1 < length + n:
+                token = choose(self._decode(np.array([token], np.int32), position, 0)[0])
 
     def _open(self) -> Any:
         if not self._context:
@@ -263,11 +292,22 @@ class LlamaModel:
     def _fresh(self, tokens: npt.ArrayLike) -> Tokens:
         """``tokens`` ready to decode, with the context emptied."""
         ids = np.ascontiguousarray(tokens, np.int32)
-        if ids.ndim != 1 or not len(ids):
-            raise ValueError(f"expected one row of tokens, got an array of shape {ids.shape}")
-        self._check_length(len(ids))
-        self._c.llama_memory_clear(self._c.llama_get_memory(self._open()), True)
+        self._begin([ids])
         return ids
+
+    def _begin(self, parts: Sequence[Tokens | Floats]) -> int:
+        """Empty the context for ``parts``, and return how many tokens they are."""
+        if not parts:
+            raise ValueError("expected one row of tokens, got none")
+        for part in parts:
+            if part.ndim == 2 and (part.dtype != np.float32 or part.shape[1] != self.n_embd):
+                raise ValueError(f"expected embeddings of {self.n_embd} float32, got {part.shape} of {part.dtype}")
+            if part.ndim not in (1, 2) or not len(part) or (part.ndim == 1 and part.dtype != np.int32):
+                raise ValueError(f"expected one row of tokens, got an array of shape {part.shape}")
+        length = sum(len(part) for part in parts)
+        self._check_length(length)
+        self._c.llama_memory_clear(self._c.llama_get_memory(self._open()), True)
+        return length
 
     def _check_length(self, n_tokens: int) -> None:
         if n_tokens > self.n_ctx:
@@ -276,15 +316,22 @@ class LlamaModel:
                 "give fewer or open it with a larger n_ctx"
             )
 
-    def _decode(self, ids: Tokens, position: int, first: int) -> Floats:
-        """Decode ``ids`` [n] at ``position``...; a view [n_out, n_vocab] of the rows from ``first`` on.
+    def _decode(self, part: Tokens | Floats, position: int, first: int) -> Floats:
+        """Decode tokens [n] or embeddings [n, n_embd] at ``position``...; a view [n_out, n_vocab] of rows from
+        ``first``.
 
         The view is valid until the next decode.
         """
-        n = len(ids)
-        batch = self._batch
+        n = len(part)
+        if part.ndim == 2:
+            if self._embedding_batch is None:
+                self._embedding_batch = self._new_batch(self.n_embd)
+            batch = self._embedding_batch
+            np.ctypeslib.as_array(batch.embd, part.shape)[:] = part
+        else:
+            batch = self._batch
+            np.ctypeslib.as_array(batch.token, (n,))[:] = part
         wanted = np.arange(position, position + n) >= first
-        np.ctypeslib.as_array(batch.token, (n,))[:] = ids
         np.ctypeslib.as_array(batch.pos, (n,))[:] = np.arange(position, position + n)
         np.ctypeslib.as_array(batch.logits, (n,))[:] = wanted
         batch.n_tokens = n

@@ -33,6 +33,7 @@ from mopeq_edge.pipeline_calibrate import (
     run_calibrate,
 )
 from mopeq_edge.pipeline_fits import Fit, FitsRequest, first_budget, run_plan_that_fits
+from mopeq_edge.pipeline_vision import Vision, check_vision, run_vision
 from mopeq_edge.plan.artifact import Plan
 from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.forecast import Forecast
@@ -69,6 +70,8 @@ class ConvertRequest:
     force: bool = False
     fits: FitsRequest | None = None
     """In the place of a budget: what the file has to run in."""
+    vision: str | None = None
+    """Type of the vision file's matrices; None for the text side alone."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,8 @@ class Converted:
     """What the other layout would bring; None for the paper's planner."""
     fit: Fit | None = None
     """The memory that the file was planned for."""
+    vision: Vision | None = None
+    """The file beside it that sees pictures."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values with units in their names."""
@@ -129,6 +134,7 @@ class Converted:
             "predicted_file_bytes": self.plan.file_bytes,
             "relative_sampling_error": self.sampling_error,
             "sensitivity": self.plan.sensitivity,
+            "vision": self.vision.as_dict() if self.vision is not None else None,
         }
 
 
@@ -147,6 +153,7 @@ def convert(context: Context, request: ConvertRequest) -> Converted:
     """
     check = check_output if request.options.split_bytes is None else check_parts
     check(request.output, context.inputs, force=request.force)
+    eyes = check_vision(context, request.output, request.vision, force=request.force)
     check_calibration(context, request.calibration)
     check_sensitivity(context, request.calibration, request.options.sensitivity)
     words = read_text(request.evaluation_text) if request.evaluation_text is not None else ""
@@ -169,6 +176,7 @@ def convert(context: Context, request: ConvertRequest) -> Converted:
     measure = _measure(context, request) if request.evaluate else None
     choice = _choose(context, request, calibrated, plan, kind, digest(words), measure)
     split = request.options.split_bytes
+    vision = run_vision(context, eyes)
     written = run_emit(context, plan, calibrated.statistics, request.output, choice.chosen, split_bytes=split)
     files = output_files(context, plan, calibrated.statistics, request.output, split)
     evaluation = measure(files[0]) if measure is not None else None
@@ -181,6 +189,7 @@ def convert(context: Context, request: ConvertRequest) -> Converted:
         evaluation,
         comparison,
         fit,
+        vision,
     )
     write_json(context.work.file("validation.json"), VALIDATION_FORMAT, VERSION, result.as_dict())
     return result

@@ -126,6 +126,11 @@ def _too_large(what: str, needed: int, max_bytes: int) -> PlanError:
     return PlanError(f"--split-max-size {max_bytes}: {what} alone needs a file of {needed} bytes; raise the size")
 
 
+def whole_name(path: Path) -> str:
+    """The name of ``path`` before it was split: ``out.gguf`` of ``out-00001-of-00003.gguf``."""
+    return _PART.sub("", path.name)
+
+
 def gguf_parts(path: Path) -> list[Path]:
     """All files of a GGUF: itself, or every ``-0000i-of-0000n`` part of a split one."""
     match = _PART.search(path.name)

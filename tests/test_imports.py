@@ -84,6 +84,15 @@ def test_what_checks_a_file_on_the_device_needs_no_framework() -> None:
         subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_pictures_on_the_device_need_no_framework_and_no_converter() -> None:
+    inside = ("mopeq_edge/vision/", "mopeq_edge/pipeline_vision.py", "mopeq_edge/cli/image.py", "converters/vision/")
+    assert breaches({"torch", "transformers"}, inside) == []
+    code = "import sys; import mopeq_edge.vision.answer; found = {'torch', 'transformers', 'onnx', 'converters'}"
+    subprocess.run([sys.executable, "-c", f"{code}; assert not found & set(sys.modules)"], check=True, cwd=ROOT)
+    code = "import sys; import converters.vision; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 def test_opening_a_checkpoint_imports_no_torch(tiny_model: Path) -> None:
     """In a process of its own: torch is for files that only torch can read."""
     code = "import sys; from mopeq_edge.source.checkpoint import Checkpoint; from pathlib import Path; "

@@ -24,8 +24,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tools.llama_server import Server, serving
-from tools.process_memory import Sample, Sampler
+from mopeq_edge.memory.process import Sample, Sampler
+from mopeq_edge.runtime.server import Server, serving
 
 CLIENTS = 8
 TIE = 0.01

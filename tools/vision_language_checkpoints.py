@@ -1,8 +1,8 @@
 """Write a checkpoint with random weights that has the names, shapes and settings of a released vision-language model.
 
 ``python -m tools.vision_language_checkpoints vl2-small OUT --layers 2`` writes the first dense and one sparse layer of
-DeepSeek-VL2-Small; without ``--layers`` all of it, with ``--shrink`` a test-size model. The vision side is a few small
-tensors. One chunk of a tensor is in memory at a time (a shard with ``--torch``); a tensor's numbers depend on its name
+DeepSeek-VL2-Small; without ``--layers`` all of it, with ``--shrink`` a test-size model. The vision side is complete
+always. One chunk of a tensor is in memory at a time (a shard with ``--torch``); a tensor's numbers depend on its name
 and the seed only. The tokenizer is the bundled one, filled up to the vocabulary.
 """
 
@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tools.vision_language_configs import MODELS, MOLMOE, config_of
+from tools.vision_sides import Shapes, molmoe_vision_shapes, processor_file, vl2_vision_shapes
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-olmoe"
 CHUNK = 1 << 22
@@ -28,7 +29,6 @@ CHUNK = 1 << 22
 DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2)}
 PICTURE_TOKENS = ("<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<|image|>")
 
-Shapes = dict[str, tuple[int, ...]]
 Floats = npt.NDArray[np.float32]
 
 
@@ -53,10 +53,7 @@ def molmoe_shapes(config: Mapping[str, Any]) -> Shapes:
         "model.transformer.wte.new_embedding": (config["additional_vocab_size"], hidden),
         "model.transformer.ln_f.weight": (hidden,),
         "model.transformer.ff_out.weight": (config["embedding_size"], hidden),
-        "model.vision_backbone.image_vit.class_embedding": (32,),
-        "model.vision_backbone.image_vit.transformer.resblocks.0.attention.wq.weight": (32, 32),
-        "model.vision_backbone.image_projector.w1.weight": (48, 64),
-        "model.vision_backbone.pad_embed": (2, 64),
+        **molmoe_vision_shapes(config),
     }
     for layer in range(config["n_layers"]):
         block = f"model.transformer.blocks.{layer}."
@@ -78,12 +75,7 @@ def vl2_shapes(config: Mapping[str, Any]) -> Shapes:
     }
     hidden, ff, n_expert = text["hidden_size"], text["moe_intermediate_size"], text["n_routed_experts"]
     shapes: Shapes = {
-        "image_newline": (hidden,),
-        "view_seperator": (hidden,),
-        "projector.layers.0.weight": (hidden, 48),
-        "projector.layers.0.bias": (hidden,),
-        "vision.patch_embed.proj.weight": (12, 3, 4, 4),
-        "vision.blocks.0.attn.qkv.weight": (36, 12),
+        **vl2_vision_shapes(config),
         "language.model.embed_tokens.weight": (text["vocab_size"], hidden),
         "language.model.norm.weight": (hidden,),
         "language.lm_head.weight": (text["vocab_size"], hidden),
@@ -130,7 +122,9 @@ def chunks(name: str, shape: tuple[int, ...], seed: int) -> Iterator[Floats]:
     """The numbers of a tensor in float32, some at a time; large enough for logits that differ by more than rounding."""
     generator = np.random.default_rng((seed, zlib.crc32(name.encode())))
     centre, spread = 0.0, 0.64 / math.sqrt(shape[-1])
-    if "norm" in name or name.endswith("ln_f.weight"):
+    if name.endswith(".bias"):
+        spread = 0.1
+    if ("norm" in name or name.endswith(("ln_f.weight", "pre_ln.weight"))) and not name.endswith(".bias"):
         centre, spread = 1.0, 0.1
     elif name.endswith("e_score_correction_bias"):
         spread = 0.3
@@ -148,12 +142,14 @@ def write_checkpoint(out: Path, options: Options) -> Path:
     dtype = options.dtype or ("float32" if options.model == MOLMOE else "bfloat16")
     out.mkdir(parents=True)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    name, content = processor_file(config)
+    (out / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     _write_tokenizer(out, config)
     shards = list(_shards(shapes, DTYPES[dtype][1], options.shard_bytes))
     stem, ending = ("pytorch_model", "bin") if options.torch else ("model", "safetensors")
     names = [f"{stem}-{i + 1:05}-of-{len(shards):05}.{ending}" for i in range(len(shards))]
     names = names if len(shards) > 1 else [f"{stem}.{ending}"]
-    write = _write_torch if options.torch else _write_safetensors
+    write = _write_torch if options.torch else write_weights
     for name, shard in zip(names, shards, strict=True):
         write(out / name, shard, dtype, options.seed)
     if len(shards) > 1:
@@ -175,7 +171,8 @@ def _shards(shapes: Shapes, size: int, limit: int) -> Iterator[Shapes]:
     yield own
 
 
-def _write_safetensors(path: Path, shapes: Shapes, dtype: str, seed: int) -> None:
+def write_weights(path: Path, shapes: Shapes, dtype: str, seed: int) -> None:
+    """A safetensors file of ``shapes``, a chunk at a time."""
     kind, size = DTYPES[dtype]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0

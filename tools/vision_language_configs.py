@@ -26,7 +26,17 @@ _MOLMOE: Mapping[str, Any] = {
     **{"vocab_size": 50280, "embedding_size": 50304, "additional_vocab_size": 128, "clip_qkv": None},
     **{"multi_query_attention": None, "norm_after": False, "qkv_bias": False, "normalize_input_embeds": False},
     **{"image_pooling_2d": "attention-meanq", "image_projector": "mlp", "torch_dtype": "float32"},
+    **{"image_padding_embed": "pad_and_partial_pad", "image_pooling_h": 2, "image_pooling_w": 2},
+    **{"use_cls_feature": False, "vit_layers": [-2, -9]},
+    "vision_backbone": {
+        **{"image_model_type": "openai", "image_default_input_size": [336, 336], "image_patch_size": 14},
+        **{"image_pos_patch_size": 14, "image_emb_dim": 1024, "image_num_heads": 16, "image_num_key_value_heads": 16},
+        **{"image_num_layers": 23, "image_head_dim": 64, "image_mlp_dim": 4096, "image_num_pos": 577},
+        **{"image_mlp_activations": "quick_gelu", "image_norm_eps": 1e-05},
+    },
 }
+_TILES = tuple((width, height) for width in range(1, 10) for height in range(1, 10) if width * height <= 9)
+"""Shapes of a picture in tiles of DeepSeek-VL2."""
 _TEXT: Mapping[str, Any] = {
     "architectures": ["DeepseekV2ForCausalLM"],
     "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV2Config"},
@@ -55,6 +65,12 @@ _SHRUNK: Mapping[str, Mapping[str, Any]] = {
     MOLMOE: {
         **{"d_model": 64, "n_heads": 4, "n_layers": 2, "moe_num_experts": 8, "moe_top_k": 2},
         **{"max_sequence_length": 256, "vocab_size": 4096, "embedding_size": 4104, "additional_vocab_size": 8},
+        "vision_backbone": {
+            **_MOLMOE["vision_backbone"],
+            **{"image_default_input_size": [24, 24], "image_patch_size": 2, "image_pos_patch_size": 2},
+            **{"image_emb_dim": 32, "image_num_heads": 4, "image_num_key_value_heads": 4, "image_num_layers": 10},
+            **{"image_head_dim": 8, "image_mlp_dim": 48, "image_num_pos": 145},
+        },
     },
     TINY: {
         **{"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "n_routed_experts": 8},
@@ -71,6 +87,7 @@ _SHRUNK: Mapping[str, Mapping[str, Any]] = {
     },
 }
 _SHRUNK_TEXT: Mapping[str, Any] = {"vocab_size": 4104, "max_position_embeddings": 256, "num_experts_per_tok": 3}
+_SHRUNK_VISION: Mapping[str, Any] = {"image_size": 44, "width": 32, "layers": 2, "heads": 4}
 _SHRUNK_LATENT: Mapping[str, Any] = {
     **{"kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 24}
 }
@@ -83,12 +100,22 @@ def config_of(model: str, layers: int | None = None, shrink: bool = False) -> di
         changes["n_layers" if model == MOLMOE else "num_hidden_layers"] = layers
     if model == MOLMOE:
         return {**_MOLMOE, **changes}
+    vision: dict[str, Any] = {
+        **{"layers": 27, "mlp_ratio": 3.7362, "model_name": "siglip_so400m_patch14_384", "model_type": "vision"},
+        **{"patch_size": 14, "width": 1152},
+    }
+    projector: dict[str, Any] = {"model_type": "mlp_projector"}
     if shrink:
         changes |= _SHRUNK_TEXT if model == TINY else {**_SHRUNK_TEXT, **_SHRUNK_LATENT}
+        vision |= _SHRUNK_VISION
+        projector |= {"input_dim": vision["width"], "n_embed": changes["hidden_size"]}
+    elif model != SMALL:
+        projector["n_embed"] = _TEXTS[model]["hidden_size"]
+    side = vision.get("image_size", 384)
     return {
         **{"model_type": "deepseek_vl_v2", "tile_tag": "2D", "global_view_pos": "head", "torch_dtype": "bfloat16"},
-        "candidate_resolutions": [[384, 384]],
+        "candidate_resolutions": [[side * width, side * height] for width, height in _TILES],
         "language_config": {**_TEXT, **_TEXTS[model], **changes},
-        "projector_config": {"model_type": "mlp_projector"},
-        "vision_config": {"model_name": "siglip_so400m_patch14_384", "model_type": "vision", "layers": 27},
+        "projector_config": projector,
+        "vision_config": vision,
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from converters.onnx_reference.graph import Floats, Graph, Value
+from converters.onnx_graph import Floats, Graph, Value
 from converters.onnx_reference.latent import latent_queries_keys_values, latent_values
 from converters.onnx_reference.rope import rotate
 from converters.onnx_reference.settings import Norm, Settings

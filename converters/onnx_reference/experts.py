@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from converters.onnx_reference.graph import INT64, Graph, Value
+from converters.onnx_graph import INT64, Graph, Value
 from converters.onnx_reference.settings import Settings, Shared
 
 ALPHA, LIMIT = 1.702, 7.0

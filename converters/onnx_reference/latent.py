@@ -5,7 +5,7 @@ The key of a token is its latent and one part turned by rope, the value is the l
 
 from __future__ import annotations
 
-from converters.onnx_reference.graph import Graph, Value
+from converters.onnx_graph import Graph, Value
 from converters.onnx_reference.rope import rotate
 from converters.onnx_reference.settings import Latent, Settings
 

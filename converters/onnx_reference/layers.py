@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from converters.onnx_graph import Array, Floats, Graph, Session, Shape
 from converters.onnx_reference.attention import attention_graph
 from converters.onnx_reference.experts import (
     expert_graph,
@@ -16,7 +17,6 @@ from converters.onnx_reference.experts import (
     join_graph,
     shared_graph,
 )
-from converters.onnx_reference.graph import Array, Floats, Graph, Session, Shape
 from converters.onnx_reference.router import router_graph
 from converters.onnx_reference.settings import Settings
 from converters.onnx_reference.weights import Weights

@@ -11,7 +11,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from converters.onnx_reference.graph import Floats, Graph, Value
+from converters.onnx_graph import Floats, Graph, Value
 from converters.onnx_reference.settings import Pairs, Rope
 
 Doubles = npt.NDArray[np.float64]

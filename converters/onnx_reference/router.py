@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-from converters.onnx_reference.graph import INT64, Graph, Value
+from converters.onnx_graph import INT64, Graph, Value
 from converters.onnx_reference.settings import Gating, Settings
 
 LEAST_SUM = 2.0**-14

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from converters.onnx_graph import Array, Floats
 from converters.onnx_reference.attention import causal_mask
-from converters.onnx_reference.graph import Array, Floats
 from converters.onnx_reference.layers import (
     Parts,
     check_tensors,

@@ -15,7 +15,7 @@ import gguf.quants
 import numpy as np
 import numpy.typing as npt
 
-from converters.onnx_reference.graph import Floats, Shape
+from converters.onnx_graph import Floats, Shape
 from mopeq_edge.errors import SourceError
 from mopeq_edge.expert_groups.layout import group_name
 from mopeq_edge.expert_groups.read import is_part, read_groups

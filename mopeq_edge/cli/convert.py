@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 @options.split_option
 @click.option("--eval-text", type=FILE, help="Text to validate on (default: the calibration text's held-out tail).")
 @click.option("--no-evaluate", is_flag=True, help="Do not run the result in llama.cpp.")
+@click.option(
+    "--vision-type",
+    type=click.Choice(["F16", "F32", "INT8"]),
+    default="F16",
+    show_default=True,
+    help="Type of the matrices that see pictures, written beside OUT as .vision.onnx.",
+)
+@click.option("--text-only", is_flag=True, help="Leave out what sees pictures.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @options.work_option
 @options.source_options
@@ -116,6 +124,7 @@ def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Conver
             evaluate=evaluate,
             force=given["force"],
             fits=fits,
+            vision=None if given["text_only"] else given["vision_type"],
         ),
     )
 
@@ -150,6 +159,8 @@ def _table(result: Converted) -> Any:
             ("PPL", f"{d.ppl_target:.4f}, source {d.ppl_base:.4f}"),
             ("measured on", f"{d.n_positions} held-out tokens, {evaluation.library}"),
         ]
+    if result.vision is not None:
+        rows.append(("vision", result.vision.sentence()))
     if result.fit is not None:
         rows.append(("memory", result.fit.sentence()))
     if result.forecast is not None:

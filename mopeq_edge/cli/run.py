@@ -49,10 +49,21 @@ def run(build: str, file: Path, args: tuple[str, ...]) -> None:
     Per-expert files run in the llama.cpp that mopeq-edge patches and installs, all others in any. What follows
     FILE, also after a --, is llama-cli's: mopeq-edge run FILE -- --help shows its help.
 
+    With --image PICTURE, which may be given again, pictures are seen through FILE's .vision.onnx (or --vision V), and
+    llama.cpp's library answers -p QUESTION; then ARGS may also be -n, -c, -t, --temp, --top-k, --top-p, --seed, -ngl.
+
     \b
     Example:
       mopeq-edge run out.gguf -n 64 -p Hello
+      mopeq-edge run out.gguf --image photo.jpg -p "What is this?"
     """
+    from mopeq_edge.cli.image import run_with_images, wants_images
+
+    if wants_images(args):
+        if build != "auto":
+            raise click.UsageError(f"--build {build}: with --image llama.cpp's library is used; set LLAMA_CPP_LIB_PATH")
+        run_with_images(file, args)
+        return
     _start("llama-cli", build, file, args)
 
 

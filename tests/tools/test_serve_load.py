@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.process_memory import Sample
+from mopeq_edge.memory.process import Sample
 from tools.serve_load import Answer, Report, _memory, compare, load
 
 from ..builders import build_olmoe

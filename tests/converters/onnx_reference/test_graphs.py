@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from converters import CONVERTERS
-from converters.onnx_reference.graph import OPSET, Graph
+from converters.onnx_graph import OPSET, Graph
 from converters.onnx_reference.layers import make_parts
 from converters.onnx_reference.read_settings import read_settings
 from converters.onnx_reference.rope import rotations

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from converters.onnx_reference.graph import Floats
+from converters.onnx_graph import Floats
 from converters.onnx_reference.read_settings import read_settings
 from converters.onnx_reference.router import LEAST_SUM, router_graph
 from converters.onnx_reference.settings import Gating, Router, Settings

@@ -1,7 +1,9 @@
 """ONNX graphs, node by node, and the sessions that run them.
 
-Weights are inputs of a graph, in the numpy array that they were dequantized to: a graph holds none, serves every layer
-of its kind, and onnxruntime copies nothing. Nodes are of ONNX's own operators, and run as they are written: no fusion.
+Weights may be inputs of a graph, in the numpy array that they were dequantized to: such a graph holds none, serves
+every layer
+of its kind, and onnxruntime copies nothing. Or they are constants: small ones in the graph, large ones in a file
+beside it. Nodes are of ONNX's own operators, and a :class:`Session` runs them as they are written: no fusion.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 
 
 class Graph:
-    """A graph that grows. Weights have the names of the GGUF's tensors, without ``blk.N.``."""
+    """A graph that grows. Weights to feed have the names of the GGUF's tensors, without ``blk.N.``."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -71,6 +73,15 @@ class Graph:
         """A constant vector."""
         return self._constant(np.array(values, dtype=np.int64))
 
+    def constant(self, values: Array) -> Value:
+        """A constant of any shape and type, kept in the graph."""
+        return self._constant(values)
+
+    def stored(self, tensor: onnx.TensorProto) -> Value:
+        """A constant whose numbers lie in another file."""
+        self._constants.append(tensor)
+        return tensor.name
+
     def filled(self, like: Value, value: float | bool) -> Value:
         """``value`` in the shape of ``like``."""
         kind = np.bool_ if isinstance(value, bool) else np.float32
@@ -99,12 +110,24 @@ class Graph:
         root = self.add("Sqrt", self.add("Add", mean, self.floats(eps)))
         return self.add("Mul", self.add("Div", x, root), weight)
 
+    def layer_norm(self, x: Value, weight: Value, bias: Value, eps: float) -> Value:
+        """``x`` less the mean of its last axis, over its standard deviation, times ``weight`` plus ``bias``."""
+        return self.add("LayerNormalization", x, weight, bias, epsilon=eps, axis=-1)
+
+    def times(self, x: Value, factor: float) -> Value:
+        """``x`` times a number."""
+        return self.add("Mul", x, self.floats(factor))
+
     def model(self) -> onnx.ModelProto:
         """The graph as an ONNX model, checked."""
-        graph = helper.make_graph(self._nodes, self.name, self._inputs, self._outputs, self._constants)
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+        model = self.unchecked_model()
         onnx.checker.check_model(model, full_check=True)
         return model
+
+    def unchecked_model(self) -> onnx.ModelProto:
+        """The same; with constants in another file it can be checked once both files are there."""
+        graph = helper.make_graph(self._nodes, self.name, self._inputs, self._outputs, self._constants)
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
 
     def session(self, threads: int) -> Session:
         """Something that runs the graph on the CPU."""

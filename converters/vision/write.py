@@ -1,0 +1,155 @@
+"""Write a vision side as ONNX: the graph and, beside it, its weights; both whole or neither."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from converters.onnx_graph import Array, Floats, Graph
+from converters.vision.families import Family
+from converters.vision.weights import F32, Tensors, Weights
+from mopeq_edge.errors import FormatError, OutputError, SourceError
+from mopeq_edge.vision.description import KEY, Description, read_description
+from mopeq_edge.vision.session import VisionSession, check_weights, weights_file
+
+
+@dataclass(frozen=True)
+class VisionFile:
+    """What was written."""
+
+    path: Path
+    description: Description
+    file_bytes: int
+    """Of both files."""
+
+
+def write_vision(
+    checkpoint: Tensors,
+    family: Family,
+    directory: Path,
+    config: Mapping[str, Any],
+    out: Path,
+    *,
+    kind: str,
+    made_from: str,
+    threads: int,
+) -> VisionFile:
+    """Write ``out`` and its weights as ``kind``; ``made_from`` is 64 hex digits.
+
+    A type that is not F32 is compared with F32 on a fixed picture, which takes the room of both for a while. One matrix
+    is in memory at a time. Raises :class:`SourceError` for a vision side that is not known here.
+    """
+    tower = family.read(directory, config, checkpoint)
+    with _folder(out) as folder:
+        if kind != F32:
+            exact = _write(checkpoint, family, tower, folder / F32 / out.name, F32, made_from, 0.0)
+            wanted = _embed(exact.path, threads)
+            shutil.rmtree(folder / F32)
+        error = 0.0
+        written = _write(checkpoint, family, tower, folder / kind / out.name, kind, made_from, error)
+        if kind != F32:
+            found = _embed(written.path, threads)
+            error = float(np.linalg.norm(found - wanted) / max(float(np.linalg.norm(wanted)), 1e-30))
+            written = _describe(written.path, tower, kind, made_from, error)
+        # the graph last: it is what is looked for
+        os.replace(weights_file(written.path), weights_file(out))
+        os.replace(written.path, out)
+    return VisionFile(out, written.description, written.file_bytes)
+
+
+def read_vision(path: Path) -> VisionFile:
+    """What is at ``path``, without its weights. Raises :class:`FormatError` for what is damaged or not whole."""
+    try:
+        model = onnx.load(path, load_external_data=False)
+    # protobuf's errors have no base that onnx would promise
+    except Exception as error:
+        raise FormatError(f"{path}: is no ONNX file ({' '.join(str(error).split())[:80]}); write it again") from None
+    said = {entry.key: entry.value for entry in model.metadata_props}
+    described = read_description(said.get(KEY), str(path))
+    check_weights(path, described)
+    return VisionFile(path, described, path.stat().st_size + described.weights_bytes)
+
+
+def _write(
+    checkpoint: Tensors, family: Family, tower: Any, path: Path, kind: str, made_from: str, error: float
+) -> VisionFile:
+    path.parent.mkdir()
+    graph = Graph(family.name)
+    beside = weights_file(path)
+    with beside.open("xb") as file:
+        weights = Weights(graph, checkpoint, file, beside.name, kind)
+        family.build(tower, weights)
+        file.write(made_from.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    for name in checkpoint.shapes:
+        if name.startswith(family.prefixes) and name not in weights.used and not name.startswith(tower.unused):
+            raise SourceError(
+                f"tensor '{name}' is not known in the vision side of a {family.name} with these settings; use the "
+                "config.json of these weights, or give --text-only for the GGUF alone"
+            )
+    onnx.save(graph.unchecked_model(), path)
+    onnx.checker.check_model(path, full_check=True)
+    return _describe(path, tower, kind, made_from, error)
+
+
+def _describe(path: Path, tower: Any, kind: str, made_from: str, error: float) -> VisionFile:
+    """Put the description into the graph at ``path``."""
+    size = weights_file(path).stat().st_size
+    described = Description(
+        kind=tower.kind,
+        n_embd=tower.n_embd,
+        layout=tower.layout,
+        prompt=tower.prompt,
+        weights_type=kind,
+        weights_bytes=size,
+        relative_error=error,
+        made_from=made_from,
+    )
+    model = onnx.load(path, load_external_data=False)
+    onnx.helper.set_model_props(model, {KEY: described.text()})
+    with path.open("wb") as file:
+        file.write(model.SerializeToString(deterministic=True))
+        file.flush()
+        os.fsync(file.fileno())
+    return VisionFile(path, described, path.stat().st_size + size)
+
+
+def _embed(path: Path, threads: int) -> Floats:
+    """Embeddings of the fixed picture."""
+    session = VisionSession(path, threads)
+    return session.run({name: _fixed(name, shape) for name, shape in session.inputs.items()})["embeddings"]
+
+
+def _fixed(name: str, shape: list[int]) -> Array:
+    """Smooth colours in [-1, 1], and a mask without padding."""
+    if name != "pixels":
+        return np.ones(shape, dtype=np.float32)
+    _, channels, height, width = shape
+    y, x = np.mgrid[0:height, 0:width] / max(height, width)
+    waves = [np.sin(7 * (c + 1) * x + 3 * y) * np.cos((5 + c) * y - 2 * x * x) for c in range(channels)]
+    return np.stack(waves).astype(np.float32)[None]
+
+
+@contextmanager
+def _folder(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` that goes away."""
+    folder = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+    except OSError as error:
+        raise OutputError(
+            f"{out}: cannot be written ({error.strerror or error}); nothing was left under that name; free space or "
+            "choose another place"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

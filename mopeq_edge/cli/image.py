@@ -1,0 +1,61 @@
+"""``mopeq-edge run FILE --image PICTURE``: pictures through our own tower, tokens through llama.cpp's library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mopeq_edge.cli.console import FILE, available_threads
+
+_OWN = ("--image", "--vision")
+_THEIRS = ("--mmproj", "-mm", "--mmproj-url", "-mmu", "-hf", "-hfr", "--hf-repo")
+
+
+def wants_images(args: Sequence[str]) -> bool:
+    """Whether arguments of ``run`` ask for pictures, and not for llama-cli's own way to see them."""
+    names = [arg.partition("=")[0] for arg in args]
+    return any(name in _OWN for name in names) and not any(name in _THEIRS for name in names)
+
+
+@click.command(name="run", add_help_option=False)
+@click.option("--image", "images", type=FILE, multiple=True, help="A picture; may be given again.")
+@click.option("--vision", type=FILE, help="Its vision file (default: FILE's name with .vision.onnx).")
+@click.option("-p", "--prompt", required=True, help="The question.")
+@click.option("-n", "--predict", "--n-predict", type=click.IntRange(min=1), default=256, help="Most tokens of answer.")
+@click.option("-c", "--ctx-size", type=click.IntRange(min=0), default=0, help="Tokens of context (default: as needed).")
+@click.option("-t", "--threads", type=click.IntRange(min=1), default=available_threads, help="CPU threads.")
+@click.option("--temp", "--temperature", type=click.FloatRange(min=0), default=0.0, help="0: the likeliest token.")
+@click.option("--top-k", type=click.IntRange(min=0), default=40)
+@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=0.95)
+@click.option("-s", "--seed", type=click.IntRange(min=0), default=0)
+@click.option("-ngl", "--n-gpu-layers", type=click.IntRange(min=0), default=0, help="Layers on a GPU.")
+@click.pass_obj
+def with_images(file: Path, /, **given: Any) -> None:
+    """Answer a question about pictures."""
+    from mopeq_edge.vision.answer import Question, answer, vision_beside
+    from mopeq_edge.vision.sample import Sampling
+
+    if not given["images"]:
+        raise click.UsageError("--vision: expected a picture; give --image FILE too")
+    question = Question(
+        gguf=file,
+        vision=given["vision"] or vision_beside(file),
+        images=given["images"],
+        text=given["prompt"],
+        n_predict=given["predict"],
+        n_ctx=given["ctx_size"],
+        sampling=Sampling(given["temp"], given["top_k"], given["top_p"], given["seed"]),
+        threads=given["threads"],
+        n_gpu_layers=given["n_gpu_layers"],
+    )
+    for piece in answer(question):
+        click.echo(piece, nl=False)
+    click.echo()
+
+
+def run_with_images(file: Path, args: Sequence[str]) -> None:
+    """Run FILE with the arguments ``args`` behind it."""
+    with_images.main(list(args), prog_name="mopeq-edge run FILE", obj=file, standalone_mode=False)

@@ -1,0 +1,198 @@
+"""What a vision file says of itself, so that the device needs nothing else: JSON in the metadata of the ONNX file.
+
+The key is :data:`KEY`; docs/vision.md describes every field. Version :data:`VERSION` is the one that is known here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mopeq_edge.errors import FormatError
+
+KEY, FORMAT, VERSION = "mopeq.vision", "mopeq-edge vision", 1
+ENDING = ".vision.onnx"
+TILES, CROPS = "tiles", "crops"
+TYPES = ("F32", "F16", "INT8")
+
+Colour = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """DeepSeek-VL2: the whole picture in one tile, then the picture in the tiles of the candidate that fits best."""
+
+    side: int
+    """Pixels of a tile's side."""
+    rows: int
+    """Tokens of a tile's side."""
+    candidates: tuple[tuple[int, int], ...]
+    """Width and height in pixels that a picture may be cut into, of equal ones the first."""
+    most_tiled: int
+    """With more pictures than this each is one tile."""
+    whole_first: bool
+    mean: Colour
+    std: Colour
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Molmo: the whole picture in one crop, then crops of it that overlap."""
+
+    side: int
+    """Pixels of a crop's side."""
+    patch: int
+    """Pixels of a patch's side."""
+    most: int
+    """Crops of a picture, without the whole."""
+    margins: tuple[int, int]
+    """Patches on the left (top) and on the right (bottom) of a crop that its neighbour has too."""
+    mean: Colour
+    std: Colour
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """How a question becomes what the model was trained to read."""
+
+    before: str
+    after: str
+    """Text before and behind the question."""
+    mark: str
+    """Text that stands for a picture in a question; empty: pictures come before everything but the first token."""
+    own: str
+    """Put before the question for each picture if the question has no ``mark``."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """One vision file."""
+
+    kind: str
+    """:data:`TILES` or :data:`CROPS`."""
+    n_embd: int
+    """Width of an embedding: the text model's."""
+    layout: Tiles | Crops
+    prompt: Prompt
+    weights_type: str
+    weights_bytes: int
+    """Bytes of the file beside the graph."""
+    relative_error: float
+    """‖e − e₃₂‖ / ‖e₃₂‖ of the embeddings of a fixed picture; 0 for F32."""
+    made_from: str
+    """Hash of the checkpoint and the options; the last 64 bytes of the file beside the graph are this too."""
+
+    def text(self) -> str:
+        """As JSON; the same description gives the same text."""
+        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, sort_keys=True)
+
+
+def read_description(text: str | None, where: str) -> Description:
+    """The description in ``text``. Raises :class:`FormatError`, which names ``where`` it was found."""
+    if text is None:
+        raise FormatError(
+            f"{where}: has no '{KEY}' in its metadata; expected a vision file that mopeq-edge convert wrote"
+        )
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        raise FormatError(f"{where}: '{KEY}' is not JSON; convert the checkpoint again") from None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise FormatError(f"{where}: '{KEY}' is no '{FORMAT}'; convert the checkpoint again")
+    if found.get("version") != VERSION:
+        raise FormatError(
+            f"{where}: '{KEY}' has version {found.get('version')!r}, expected {VERSION}; use the mopeq-edge that "
+            "wrote it"
+        )
+    read = _Reader(found, where)
+    kind = read.get("kind", lambda x: x in (TILES, CROPS))
+    layout, prompt = read.inner("layout"), read.inner("prompt")
+    described: Tiles | Crops
+    if kind == TILES:
+        described = Tiles(
+            side=layout.get("side", _is_size),
+            rows=layout.get("rows", _is_size),
+            candidates=layout.pairs("candidates"),
+            most_tiled=layout.get("most_tiled", _is_count),
+            whole_first=layout.get("whole_first", lambda x: isinstance(x, bool)),
+            mean=layout.colour("mean"),
+            std=layout.colour("std"),
+        )
+        if any(size % described.side for pair in described.candidates for size in pair):
+            raise layout.wrong("candidates")
+    else:
+        margins = layout.get("margins", lambda x: _is_list(x, _is_count, 2))
+        described = Crops(
+            side=layout.get("side", _is_size),
+            patch=layout.get("patch", _is_size),
+            most=layout.get("most", _is_size),
+            margins=(margins[0], margins[1]),
+            mean=layout.colour("mean"),
+            std=layout.colour("std"),
+        )
+        n_side, left = described.side // described.patch, described.margins[0]
+        # four patches are one token
+        if n_side <= sum(described.margins) or left % 2 or n_side % 2:
+            raise layout.wrong("margins")
+    return Description(
+        kind=kind,
+        n_embd=read.get("n_embd", _is_size),
+        layout=described,
+        prompt=Prompt(*(prompt.get(name, _is_text) for name in ("before", "after", "mark", "own"))),
+        weights_type=read.get("weights_type", lambda x: x in TYPES),
+        weights_bytes=read.get("weights_bytes", _is_size),
+        relative_error=read.get("relative_error", _is_number),
+        made_from=read.get("made_from", _is_text),
+    )
+
+
+class _Reader:
+    """Values of one JSON object, checked."""
+
+    def __init__(self, found: Mapping[str, Any], where: str, path: str = "") -> None:
+        self._found, self._where, self._path = found, where, path
+
+    def wrong(self, key: str) -> FormatError:
+        said = json.dumps(self._found.get(key))
+        said = said if len(said) < 60 else f"{said[:57]}..."
+        return FormatError(f"{self._where}: '{KEY}' has {self._path}{key} {said}; convert the checkpoint again")
+
+    def get(self, key: str, holds: Callable[[Any], bool]) -> Any:
+        if not holds(self._found.get(key)):
+            raise self.wrong(key)
+        return self._found[key]
+
+    def inner(self, key: str) -> _Reader:
+        return _Reader(self.get(key, lambda x: isinstance(x, dict)), self._where, f"{key}.")
+
+    def colour(self, key: str) -> Colour:
+        # what pixels are divided by must not be 0
+        values = self.get(key, lambda x: _is_list(x, _is_number, 3) and (key == "mean" or all(x)))
+        return (float(values[0]), float(values[1]), float(values[2]))
+
+    def pairs(self, key: str) -> tuple[tuple[int, int], ...]:
+        values = self.get(key, lambda x: isinstance(x, list) and bool(x) and all(_is_list(y, _is_size, 2) for y in x))
+        return tuple((width, height) for width, height in values)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_size(value: Any) -> bool:
+    return _is_count(value) and 0 < value < 2**48
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_list(value: Any, each: Callable[[Any], bool], length: int) -> bool:
+    return isinstance(value, list) and len(value) == length and all(each(x) for x in value)
