@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
-import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mopeq_edge.binding_log import log_tail
 from mopeq_edge.errors import MopeqError
 from mopeq_edge.graph_nodes import NodeReader
 from mopeq_edge.runtime.locate import import_llama_cpp, library_dir
@@ -30,10 +27,6 @@ Floats = npt.NDArray[np.float32]
 
 UBATCH = 512
 """Most tokens that one graph computes at once: llama.cpp's own default."""
-
-_LEVEL_ERROR = 4
-_LEVEL_CONTINUED = 5
-_PREFIX = re.compile(r"^(?:[\w:~]+: |error loading model: )+")
 
 
 class LlamaModel:
@@ -68,7 +61,7 @@ class LlamaModel:
         """
         self.path = Path(path)
         self._c = import_llama_cpp()
-        self._log = _log_tail(self._c)
+        self._log = log_tail(self._c)
         self._model: Any = None
         self._context: Any = None
         self._batch: Any = None
@@ -351,58 +344,6 @@ def library_version() -> str:
     """The llama.cpp in use, e.g. "llama.cpp 0.5.0 (llama-cpp-python 0.3.36)"."""
     c = import_llama_cpp()
     return f"llama.cpp {c.llama_version().decode()} (llama-cpp-python {c.__version__})"
-
-
-class _LogTail:
-    """The last error lines of llama.cpp, of each thread, while a model is open."""
-
-    def __init__(self, c: ModuleType) -> None:
-        self._c = c
-        self._lock = threading.Lock()
-        self._users = 0
-        self._thread = threading.local()
-        self._callback = c.llama_log_callback(self._receive)
-        self._before = (c.llama_log_callback(), ctypes.c_void_p())
-
-    def acquire(self) -> None:
-        with self._lock:
-            if not self._users:
-                callback, data = self._before
-                self._c.llama_log_get(ctypes.byref(callback), ctypes.byref(data))
-                self._c.llama_log_set(self._callback, None)
-            self._users += 1
-
-    def release(self) -> None:
-        with self._lock:
-            self._users -= 1
-            if not self._users:
-                self._c.llama_log_set(*self._before)
-
-    def clear(self) -> None:
-        self._thread.lines = deque(maxlen=8)
-        self._thread.level = 0
-
-    def reason(self) -> str:
-        """The first error since :meth:`clear`: the later ones only say that the load failed."""
-        text = "".join(getattr(self._thread, "lines", ())).strip()
-        if not text:
-            return "it gave no reason"
-        return _PREFIX.sub("", text.splitlines()[0]).strip()
-
-    def _receive(self, level: int, text: bytes, _data: object) -> None:
-        if level != _LEVEL_CONTINUED:
-            self._thread.level = level
-        if getattr(self._thread, "level", 0) == _LEVEL_ERROR:
-            if not hasattr(self._thread, "lines"):
-                self.clear()
-                self._thread.level = _LEVEL_ERROR
-            self._thread.lines.append(text.decode(errors="replace"))
-
-
-@cache
-def _log_tail(c: ModuleType) -> _LogTail:
-    # llama.cpp has one log callback for the whole process, so there can only be one listener.
-    return _LogTail(c)
 
 
 def _available_cpus() -> int:
