@@ -1,6 +1,6 @@
 """GGUF files as a stranger could make them, and what readers make of those: ``python -m tools.bad_files``.
 
-Each function below is one kind of file, a few hundred bytes to a few kilobytes, the same every time. Each file goes
+Each function below is one kind of file, at most 80 kB, the same every time. Each file goes
 through ``mopeq-edge validate``, through ``gguf.GGUFReader`` of the installed package and through llama-completion of
 the installed llama.cpp, each in a process of its own with a limit of time and memory.
 """
