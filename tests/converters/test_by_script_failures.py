@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from converters import by_script
 from converters.by_script import NAME, bytes_needed, header_gguf, last_error
 from mopeq_edge.cli import cli
 from mopeq_edge.errors import CalibrationError, MopeqError, OutputError, SourceError
+from mopeq_edge.interrupts import MESSAGE
 from mopeq_edge.pipeline import open_context
 from mopeq_edge.progress import SilentProgress
 
@@ -94,15 +96,19 @@ def test_interrupted(lfm2: Path, tmp_path: Path) -> None:
     code = f"import pathlib, converters.by_script as b; b.CHILD = pathlib.Path({str(program)!r}); {PROGRAM}"
     command = [sys.executable, "-c", code, "convert", str(lfm2), str(tmp_path / "out.gguf"), *TARGET]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.PIPE)
+    # ignored where the tests run in a script's background
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, env=env, cwd=tmp_path, stderr=subprocess.PIPE, preexec_fn=heard)
     told = program.with_name(program.name + ".pid")
     deadline = time.monotonic() + 60
     while not (told.exists() and told.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert list((tmp_path / "out.mopeq").glob(".converted.gguf.*.tmp"))
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode not in (0, None)
+    said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130
+    assert said.endswith(MESSAGE)
+    assert "Traceback" not in said
     with pytest.raises(ProcessLookupError):
         os.kill(int(told.read_text()), 0)
     assert [path.name for path in (tmp_path / "out.mopeq").iterdir()] == ["hashes.json"]
