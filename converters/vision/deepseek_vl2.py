@@ -127,9 +127,8 @@ def build(tower: Tower, weights: Weights) -> None:
     area = 3 * tower.patch_size**2
     name = "vision.patch_embed.proj"
     embed = weights.numbers(f"{name}.weight", (width, 3, tower.patch_size, tower.patch_size)).reshape(width, area)
-    x = graph.linear(
-        x, weights.from_numbers(f"{name}.weight", embed, narrow=False), weights.vector(f"{name}.bias", width)
-    )
+    bias = weights.vector(f"{name}.bias", width)
+    x = weights.product(x, f"{name}.weight", embed, bias, narrow=False)
     places = weights.numbers("vision.pos_embed", (1, n_side * n_side, width))[0]
     x = graph.add("Add", x, graph.constant(places))
     for layer in range(tower.layers):

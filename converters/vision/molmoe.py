@@ -128,7 +128,7 @@ def build(tower: Tower, weights: Weights) -> None:
     # the checkpoint has rows, columns and channels of a patch in that order
     embed = weights.numbers(name, (width, 3 * side * side)).reshape(width, side, side, 3).transpose(0, 3, 1, 2)
     embed = np.ascontiguousarray(embed.reshape(width, 3 * side * side))
-    x = graph.linear(patches(graph, pixels, side, n_side), weights.from_numbers(name, embed, narrow=False))
+    x = weights.product(patches(graph, pixels, side, n_side), name, embed, narrow=False)
     first: Floats = weights.numbers(f"{VIT}class_embedding", (width,))[None]
     x = graph.add("Concat", graph.constant(first), x, axis=0)
     x = graph.add("Add", x, weights.vector(f"{VIT}positional_embedding", n_side * n_side + 1, width))

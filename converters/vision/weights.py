@@ -72,12 +72,14 @@ class Weights:
         """A small tensor, kept in the graph."""
         return self.graph.constant(self.numbers(name, shape))
 
-    def matrix(self, name: str, n_out: int, n_in: int, *, narrow: bool = True) -> Value:
-        """A matrix [n_out, n_in]; without ``narrow`` INT8 is F16 here."""
-        return self.from_numbers(name, self.numbers(name, (n_out, n_in)), narrow=narrow)
+    def product(self, x: Value, name: str, values: Floats, bias: Value | None = None, *, narrow: bool = True) -> Value:
+        """[n, n_out] of ``x`` [n, n_in] and a matrix [n_out, n_in], stored as ``name``; without ``narrow`` INT8 is
+        F16.
+        """
+        return self.graph.linear(x, self._matrix(name, values, x, narrow), bias)
 
-    def from_numbers(self, name: str, values: Floats, *, narrow: bool = True) -> Value:
-        """The same for numbers that are no tensor of the checkpoint as they are."""
+    def _matrix(self, name: str, values: Floats, before: Value, narrow: bool) -> Value:
+        """The matrix in float32, which is made once ``before`` is there."""
         kind = F16 if self.kind == INT8 and not narrow else self.kind
         if kind == F32:
             return self._append(name, values, kind)
@@ -87,16 +89,27 @@ class Weights:
                     f"tensor '{name}': --vision-type {self.kind} is for weights up to {_F16_MAX:g}, found one of "
                     f"magnitude {largest:g}; give --vision-type F32"
                 )
-            return self.graph.add("Cast", self._append(name, values.astype("<f2"), kind), to=TensorProto.FLOAT)
+            stored = self._when(before, self._append(name, values.astype("<f2"), kind), values.shape)
+            return self.graph.add("Cast", stored, to=TensorProto.FLOAT)
         codes, scales = rounded(values)
-        stored = self._append(name, codes, kind)
+        stored = self._when(before, self._append(name, codes, kind), values.shape)
         zero = self.graph.constant(np.zeros(len(scales), dtype=np.int8))
         return self.graph.add("DequantizeLinear", stored, self.graph.constant(scales), zero, axis=0)
+
+    def _when(self, before: Value, stored: Value, shape: Shape) -> Value:
+        """``stored`` as it is, but not earlier than ``before``.
+
+        A constant is ready at once: without this every matrix would be turned into float32 before the first is used,
+        and all would be in memory. A shape that is computed, from a size times 0, makes it wait; nothing is copied.
+        """
+        graph = self.graph
+        nothing = graph.add("Mul", graph.add("Shape", before, start=0, end=1), graph.integers(0))
+        return graph.add("Reshape", stored, graph.add("Add", graph.integers(*shape), nothing))
 
     def linear(self, x: Value, name: str, n_out: int, n_in: int, *, bias: bool = True) -> Value:
         """[n, n_out] of ``x`` [n, n_in] and the layer ``name``."""
         own = self.vector(f"{name}.bias", n_out) if bias else None
-        return self.graph.linear(x, self.matrix(f"{name}.weight", n_out, n_in), own)
+        return self.product(x, f"{name}.weight", self.numbers(f"{name}.weight", (n_out, n_in)), own)
 
     def norm(self, x: Value, name: str, width: int, eps: float) -> Value:
         """The layer norm ``name``."""

@@ -38,9 +38,10 @@ class VisionSession:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.enable_cpu_mem_arena = False
+        # without the arena, which is the default, freed matrices of every size stay in the allocator's lists
+        options.enable_cpu_mem_arena = True
         options.log_severity_level = 4
-        # packed or folded, a tower would be in memory a second time, in float32
+        # packed or folded, or with all constants turned into float32 at once, a tower would be in memory a second time
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC

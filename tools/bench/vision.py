@@ -48,7 +48,12 @@ def measure_write(directory: str, out: str, kind: str, threads: int) -> None:
     assert family is not None
     options: dict[str, Any] = {"kind": kind, "made_from": "0" * 64, "threads": threads}
     written = write_vision(Checkpoint(Path(directory)), family, Path(directory), config, Path(out), **options)
-    found = {"seconds": time.perf_counter() - start, "peak": _peak(), "bytes": written.file_bytes}
+    found = {
+        "seconds": time.perf_counter() - start,
+        "cpu": time.process_time(),
+        "peak": _peak(),
+        "bytes": written.file_bytes,
+    }
     print(json.dumps({**found, "relative_error": written.description.relative_error}))
 
 
@@ -56,11 +61,17 @@ def measure_see(out: str, threads: int) -> None:
     """Load the file and see one picture; print seconds and memory as JSON."""
     noise = np.random.default_rng(0).integers(0, 256, (SIZE[1] // 8, SIZE[0] // 8, 3), dtype=np.uint8)
     image = Image.fromarray(noise).resize(SIZE)
-    before, start = _peak(), time.perf_counter()
+    before, start, used = _peak(), time.perf_counter(), time.process_time()
     tower = Tower(Path(out), threads)
     loaded = time.perf_counter() - start
     (seen,) = tower.embed([image])
-    found = {"load": loaded, "seconds": time.perf_counter() - start - loaded, "before": before, "peak": _peak()}
+    found = {
+        "load": loaded,
+        "seconds": time.perf_counter() - start - loaded,
+        "cpu": time.process_time() - used,
+        "before": before,
+        "peak": _peak(),
+    }
     print(json.dumps({**found, "tokens": len(seen), "finite": bool(np.isfinite(seen).all()), **_parts()}))
 
 
