@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -53,6 +54,26 @@ def atomic_path(path: Path) -> Iterator[Path]:
                 f"{path}: cannot be written ({error.strerror or error}); nothing was left under that name; "
                 "free space or choose another place"
             ) from error
+        raise
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yields an empty directory beside ``path``, which must not exist; on success it becomes ``path``, else it goes."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            os.rename(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _sync_directory(path.parent)
+    except OSError as error:
+        if error.filename is None or _concerns(Path(error.filename), path):
+            raise OutputError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
         raise
 
 

@@ -67,6 +67,7 @@ def test_frameworks_stay_where_models_run() -> None:
         "tiny_models",
         "train_moe",
         "narrow_experts",
+        "crash_test",
         "vision_language_checkpoints",
         "fuzz/seeds",
     )

@@ -13,7 +13,7 @@ import click
 import torch
 from safetensors.torch import load_file, save_file
 
-from mopeq_edge.atomic import atomic_path
+from mopeq_edge.atomic import atomic_directory
 from mopeq_edge.errors import SourceError
 
 KEPT = ("tokenizer.json", "tokenizer_config.json", "calibration.txt", "evaluation.txt")
@@ -33,8 +33,7 @@ def narrow(model: Path, out: Path, width: int) -> Path:
         kept = weight.argsort(descending=True, stable=True)[:width].sort().values
         tensors[gate], tensors[up] = tensors[gate][kept], tensors[up][kept]
         tensors[down] = tensors[down][:, kept].contiguous()
-    with atomic_path(out) as path:
-        path.mkdir()
+    with atomic_directory(out) as path:
         save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
         (path / "config.json").write_text(json.dumps({**config, "intermediate_size": width}, indent=2))
         for file in KEPT:

@@ -20,8 +20,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, MixtralConfig, MixtralForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from mopeq_edge.atomic import atomic_path
+from mopeq_edge.atomic import atomic_directory
 from mopeq_edge.cli.console import FILE, console_progress, print_json, threads_option
 from mopeq_edge.errors import CalibrationError, MopeqError, OutputError, PlanError
 from mopeq_edge.progress import Progress
@@ -227,7 +226,7 @@ def slice_dense(source: Path, out: Path, choice: Choice, progress: Progress) -> 
         **{"experts": choice.experts, "used": choice.used, "slices": choice.slices, "seed": choice.seed},
         **{"hidden": config.hidden_size, "tokens": choice.tokens // WINDOW * WINDOW, "window": WINDOW},
     }
-    with _new_directory(out) as folder:
+    with atomic_directory(out) as folder:
         save_tokenizer(dense.vocabulary, folder)
         for name in (*TEXTS, "TEXT-LICENCES.txt"):
             shutil.copy(EXAMPLE / name, folder / name)
@@ -244,18 +243,6 @@ def slice_dense(source: Path, out: Path, choice: Choice, progress: Progress) -> 
         numbers["held_out_loss_nats"] = {name: round(loss, 4) for name, loss in losses.items()}
         (folder / "slicing.json").write_text(json.dumps(numbers, indent=2, sort_keys=True) + "\n")
     return numbers
-
-
-@contextmanager
-def _new_directory(path: Path) -> Iterator[Path]:
-    """A directory that becomes ``path`` when the block succeeds and goes away when it does not."""
-    with atomic_path(path) as temporary:
-        temporary.mkdir()
-        try:
-            yield temporary
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
 
 
 @click.command()

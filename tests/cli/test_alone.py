@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -74,8 +75,9 @@ def test_one_output(tmp_path: Path, holder: int, name: str) -> None:
 
 def test_who_only_reads_need_not_wait(tmp_path: Path, holder: int) -> None:
     write_gguf(ArraySource(), tmp_path / "out.gguf")
-    for command in ("inspect", "validate"):
-        name = MODEL if command == "inspect" else str(tmp_path / "out.gguf")
-        assert CliRunner().invoke(cli, [command, name]).exit_code == 0, command
+    assert CliRunner().invoke(cli, ["inspect", MODEL]).exit_code == 0
+    # random matrices are no model: what matters is that they are looked at
+    checked = CliRunner().invoke(cli, ["validate", str(tmp_path / "out.gguf"), "--no-run", "--json"])
+    assert json.loads(checked.stdout)["checks"]
     done = CliRunner().invoke(cli, ["verify", str(tmp_path / "out.gguf")])
     assert done.exit_code == 3
