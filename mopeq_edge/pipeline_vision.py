@@ -33,9 +33,9 @@ class Vision:
 
     def sentence(self) -> str:
         """What was written, and how far it is from F32."""
-        off = "" if self.weights_type == "F32" else f", off by {self.relative_error:.2g} of F32's length"
+        error = "" if self.weights_type == "F32" else f"; relative error {self.relative_error:.2g} against F32"
         size = f"{self.file_bytes:,} bytes with {self.path.name}.data, beside the budget"
-        return f"{self.path.name}: {self.weights_type}, {size}{off}"
+        return f"{self.path.name}: {self.weights_type}, {size}{error}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values with units in their names."""
