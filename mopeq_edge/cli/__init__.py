@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 from mopeq_edge import __version__, interrupts
 from mopeq_edge.errors import MopeqError
@@ -27,7 +28,9 @@ COMMANDS: Mapping[str, tuple[str, str, str]] = {
     "memory": ("mopeq_edge.cli.memory", "memory", "Predict a model's memory in llama.cpp, and whether it fits."),
     "validate": ("mopeq_edge.cli.validate", "validate", "Whether a GGUF is what it should be."),
     "verify": ("mopeq_edge.cli.verify", "verify", "Whether every byte of a GGUF is still as written."),
+    "card": ("mopeq_edge.cli.card", "card", "A model card of GGUF files for the Hugging Face Hub."),
     "runtime": ("mopeq_edge.cli.runtime", "runtime", "Install, show or patch llama.cpp."),
+    "completion": ("mopeq_edge.cli.completion", "completion", "Print what completes commands in a shell."),
 }
 """Name: (module, attribute, one line of help), in the order of the pipeline."""
 
@@ -44,6 +47,12 @@ class _Commands(click.Group):
         module, attribute, _ = COMMANDS[cmd_name]
         command: click.Command = getattr(import_module(module), attribute)
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        # from the table: a press of Tab should import no command
+        names = [CompletionItem(name, help=line) for name, (_, _, line) in COMMANDS.items()]
+        found = [item for item in names if item.value.startswith(incomplete)]
+        return found + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -1,0 +1,1 @@
+"""Model cards of finished GGUF files for the Hugging Face Hub."""
