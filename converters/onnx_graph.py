@@ -1,9 +1,8 @@
 """ONNX graphs, node by node, and the sessions that run them.
 
 Weights may be inputs of a graph, in the numpy array that they were dequantized to: such a graph holds none, serves
-every layer
-of its kind, and onnxruntime copies nothing. Or they are constants: small ones in the graph, large ones in a file
-beside it. Nodes are of ONNX's own operators, and a :class:`Session` runs them as they are written: no fusion.
+every layer of its kind, and onnxruntime copies nothing. Or they are constants: small ones in the graph, large ones in a
+file beside it. Nodes are of ONNX's own operators, and a :class:`Session` runs them as they are written: no fusion.
 """
 
 from __future__ import annotations

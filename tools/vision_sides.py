@@ -1,9 +1,8 @@
 """Names and shapes of what sees pictures in MolmoE and DeepSeek-VL2, as released.
 
 Sources: DeepSeek's ``modeling_deepseek_vl_v2.py`` and ``siglip_vit.py``, Ai2's ``modeling_molmoe.py``. DeepSeek's
-classes assume
-settings that config.json does not have; so does this table. DeepSeek-VL2's checkpoint also has the pooling head of
-SigLIP, which nothing computes.
+classes assume settings that config.json does not have; so does this table. DeepSeek-VL2's checkpoint also has the
+pooling head of SigLIP, which nothing computes.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""MolmoE: CLIP, two of its layers side by side, four neighbouring patches pooled by attention, a SwiGLU to the text
-model.
+"""MolmoE: CLIP, two of its layers side by side, four neighbouring patches pooled by attention, and a SwiGLU.
 
 Names and settings: Ai2's ``modeling_molmoe.py``, ``config_molmoe.py`` and ``image_preprocessing_molmo.py``. The
-released code has
-QuickGELU whatever ``image_mlp_activations`` says. Rows of ``wte.new_embedding`` are part of the file: text embeddings
-of tokens that the GGUF leaves out.
+released code has QuickGELU whatever ``image_mlp_activations`` says. Rows of ``wte.new_embedding`` are part of the file:
+text embeddings of tokens that the GGUF leaves out.
 """
 
 from __future__ import annotations

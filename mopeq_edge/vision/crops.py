@@ -1,9 +1,8 @@
 """Molmo's view of a picture: the whole in one crop, then crops that overlap, of which each keeps its own part.
 
 From Ai2's ``image_preprocessing_molmo.py``. The mask of a crop, which says what of it is padding, is that of the crop
-behind it:
-so the released code pairs them, and so the model was trained. The last crop has a mask of -1, which counts as padding
-in part.
+behind it: so the released code pairs them, and so the model was trained. The last crop has a mask of -1, which counts
+as padding in part.
 """
 
 from __future__ import annotations
@@ -36,8 +35,7 @@ class Cropped:
 
 
 def best_tiling(height: int, width: int, window: int, most: int) -> tuple[int, int]:
-    """Rows and columns of at most ``most`` windows: the least enlargement, or, if all would shrink it, the least of
-    that.
+    """Rows and columns of at most ``most`` windows: the least enlargement, or, if all would shrink, the least of that.
 
     Sizes without margins may be 0 or less for small pictures; what the float32 of the released code makes of that
     holds.
@@ -72,9 +70,7 @@ def crop(image: Image.Image, layout: Crops, name: str = "picture") -> Cropped:
 
 
 def _fitted(image: Image.Image, size: tuple[int, int], layout: Crops, name: str) -> tuple[Floats, Floats]:
-    """[height, width, 3] of ``size``, normalized, the picture in the middle of black; [height, width]: 1 where it
-    is.
-    """
+    """[height, width, 3] of ``size``, normalized, the picture in the middle of black; [height, width]: 1 there."""
     sides = np.array([image.height, image.width], dtype=np.float32)
     scale = (np.array(size, dtype=np.float32) / sides).min()
     height, width = (int(x) for x in sides * scale)

@@ -26,7 +26,7 @@ def weights_file(path: Path) -> Path:
 
 
 class VisionSession:
-    """A graph that is ready to run on ``threads`` CPU threads; raises :class:`FormatError` for files that do not
+    """A graph that is ready to run on ``threads`` CPU threads. Raises :class:`FormatError` for files that do not
     fit.
     """
 
