@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mopeq_edge.cli.verify import verify as command
+from mopeq_edge.cli import cli
 from mopeq_edge.emit import emit, planned_files
 from mopeq_edge.errors import DamagedError, FormatError, MopeqError
 from mopeq_edge.expert_groups.layout import ExpertGroup, Types
@@ -143,21 +143,21 @@ def test_the_source_of_a_file_may_carry_hashes_of_its_own(tmp_path: Path) -> Non
 
 def test_the_command(tmp_path: Path) -> None:
     path = write(tmp_path / "out.gguf")[0]
-    done = CliRunner().invoke(command, [str(path)])
+    done = CliRunner().invoke(cli, ["verify", str(path)])
     assert (done.exit_code, done.stdout) == (
         0, f"{path}: as written: 3 tensors, {path.stat().st_size:,} bytes in 1 file\n"
     )  # fmt: skip
     with path.open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\1")
-    done = CliRunner().invoke(command, [str(path)])
+    done = CliRunner().invoke(cli, ["verify", str(path)])
     assert isinstance(done.exception, DamagedError)
     assert str(done.exception).startswith(f"{path}: not as written: padding after blk.0.ffn_up_exps.weight; ")
-    done = CliRunner().invoke(command, [str(path), "--json"])
+    done = CliRunner().invoke(cli, ["verify", str(path), "--json"])
     assert json.loads(done.stdout)["damaged"] == [{"file": str(path), "what": "padding after blk.0.ffn_up_exps.weight"}]
     foreign = tmp_path / "foreign.gguf"
     emit(SmallSource(), STOCK, KVS, None, NoQuantizer(), foreign, threads=1, progress=SilentProgress())
-    done = CliRunner().invoke(command, [str(foreign)])
+    done = CliRunner().invoke(cli, ["verify", str(foreign)])
     assert done.exit_code == 3
     assert done.stderr == (
         f"{foreign}: carries no hashes, so there is nothing to verify with; mopeq-edge emit writes them\n"
