@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mopeq_edge.calibrate.experts import ExpertWeights, RoutedExperts, Tap, gated_by
 from mopeq_edge.calibrate.latent import ATTENTION, LatentWatch
+from mopeq_edge.calibrate.memory import return_freed_memory
 from mopeq_edge.errors import CalibrationError, SourceError, printable
 from mopeq_edge.ggml.types import BF16, F16, MXFP4, GgmlType
 from mopeq_edge.imatrix import EMBEDDING
@@ -133,6 +134,7 @@ class BlockModel:
             if original is not None:
                 setattr(ffn, attribute, original)
             block.to("meta")
+            return_freed_memory()
 
     @contextmanager
     def final_norm(self) -> Iterator[nn.Module]:

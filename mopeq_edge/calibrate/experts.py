@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -46,7 +46,8 @@ class Recorder:
 
     def saw_input(self, name: str, x: Tensor, matrix: int = 0, n_matrices: int = 1) -> None:
         """``x`` [n_tokens, n_in] goes into one matrix of the GGUF tensor ``name``."""
-        squares = x.detach().square().sum(dim=0, dtype=torch.float64).numpy()
+        # float32 until a window is summed: torch adds in a tree
+        squares = x.detach().square().sum(dim=0).to(torch.float64).numpy()
         self.activation.add(name, n_matrices, matrix, squares, x.shape[0])
 
     def watch_output(
@@ -69,9 +70,12 @@ class Recorder:
 
     def saw_gradient(self, name: str, x: Tensor, g: Tensor, matrix: int = 0, n_matrices: int = 1) -> None:
         """``x`` [n_tokens, n_in] made an output that got the gradient ``g``, n_out numbers a token."""
-        weights = g.reshape(len(x), -1).square().sum(dim=1, dtype=torch.float64)
-        squares = weights @ x.detach().square().to(torch.float64)
-        self.gradient.add(name, n_matrices, matrix, squares.numpy(), x.shape[0])
+        weights = g.reshape(len(x), -1).square().sum(dim=1)
+        # gradients are tiny, and float32 has no products of tiny numbers
+        largest = weights.max().clamp_min(torch.finfo(weights.dtype).tiny)
+        squares = (weights / largest) @ x.detach().square()
+        total = (squares.to(torch.float64) * largest).numpy()
+        self.gradient.add(name, n_matrices, matrix, total, x.shape[0])
 
 
 class Tap:
@@ -127,11 +131,16 @@ class RoutedExperts(nn.Module):
         output = torch.zeros_like(hidden_states)
         if recorder is not None:
             top_k_index, top_k_weights = recorder.route(top_k_index, top_k_weights, n_expert)
-        for expert in range(n_expert):
-            token, slot = torch.where(top_k_index == expert)
+        chosen = top_k_index.reshape(-1)
+        # slots by expert, and an expert's in the order of its tokens
+        order = torch.argsort(chosen, stable=True)
+        counts = torch.bincount(chosen, minlength=n_expert).tolist()
+        tokens = order // top_k_index.shape[1]
+        shares = torch.split(top_k_weights.reshape(-1)[order, None], counts)
+        inputs = _gathered(hidden_states, tokens, counts)
+        for expert, (token, share, x) in enumerate(zip(torch.split(tokens, counts), shares, inputs, strict=True)):
             if not len(token):
                 continue
-            x = hidden_states[token]
             gate = _linear(x, w.gate[expert])
             up = _linear(x, w.up[expert])
             inner = self.gated(self._biased("gate", gate, expert), self._biased("up", up, expert))
@@ -141,13 +150,20 @@ class RoutedExperts(nn.Module):
                     name = f"blk.{w.layer}.ffn_{projection}_exps.weight"
                     recorder.saw_input(name, into, expert, n_expert)
                     recorder.watch_output(name, into, out, expert, n_expert)
-            weighted = self._biased("down", down, expert) * top_k_weights[token, slot, None]
-            output = output.index_add(0, token, weighted)
+            output.index_add_(0, token, self._biased("down", down, expert) * share)
         return output
 
     def _biased(self, projection: str, product: Tensor, expert: int) -> Tensor:
         bias = self.weights.biases.get(projection)
         return product if bias is None else product + bias[expert].to(product.dtype)
+
+
+def _gathered(x: Tensor, tokens: Tensor, counts: list[int]) -> Iterable[Tensor]:
+    """The rows ``tokens`` of ``x`` in pieces of ``counts`` rows, one piece after the other where that is enough."""
+    if x.requires_grad:
+        # gradients come back in one piece: by themselves, each expert's would be as large as x
+        return torch.split(x[tokens], counts)
+    return (x[piece] for piece in torch.split(tokens, counts))
 
 
 class _Linear(torch.autograd.Function):

@@ -1,21 +1,40 @@
-"""How the C library keeps freed memory: what makes a stream of blocks stay as small as one block."""
+"""How the C library keeps freed memory: what makes a stream of blocks fast, and as small as one block.
+
+By itself glibc gives back what is freed at the end of a heap at once, which costs a page fault for every page of the
+next activation, and keeps every hole, so that a process grows from block to block. Here it keeps what is freed while a
+block computes, in one heap for all threads, and gives back all of it when the block is done.
+"""
 
 from __future__ import annotations
 
 import ctypes
+from functools import cache
+from typing import Any
 
-_M_MMAP_THRESHOLD = -3
-"""``mallopt``'s name for the size from which an allocation gets pages of its own (glibc's malloc.h)."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+"""Names of ``mallopt`` (glibc's malloc.h)."""
 
-LARGE = 2**20
+LARGE = 2**25
+"""Bytes from which an allocation gets pages of its own, such as a stack of experts: the most that glibc takes."""
+KEPT = 2**30
+"""Free bytes at the end of the heap that are kept."""
 
 
-def return_large_blocks() -> None:
-    """Have glibc give allocations of a mebibyte or more back to the system when they are freed.
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed until :func:`return_freed_memory`; where there is no glibc nothing is done."""
+    for option, value in ((_M_MMAP_THRESHOLD, LARGE), (_M_TRIM_THRESHOLD, KEPT), (_M_ARENA_MAX, 1)):
+        mallopt = _glibc("mallopt")
+        if mallopt is not None:
+            mallopt(option, value)
 
-    By itself it raises that size with what it sees, up to 32 MiB, so that matrices and activations come from heaps
-    whose holes it keeps, and a process grows from block to block. Where there is no such call nothing is done.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, LARGE)
+
+def return_freed_memory() -> None:
+    """Give all freed pages back to the system."""
+    trim = _glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _glibc(name: str) -> Any:
+    return getattr(ctypes.CDLL(None), name, None)

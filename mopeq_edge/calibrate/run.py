@@ -9,7 +9,7 @@ import numpy as np
 
 from mopeq_edge.binding import Tokens
 from mopeq_edge.calibrate.blocks import BlockModel
-from mopeq_edge.calibrate.memory import return_large_blocks
+from mopeq_edge.calibrate.memory import keep_freed_memory
 from mopeq_edge.calibrate.passes import backward, forward, one_torch_thread, output_sums
 from mopeq_edge.calibrate.states import HiddenStates
 from mopeq_edge.calibrate.statistics import Doubles, Routing, Sums
@@ -59,7 +59,7 @@ def calibrate(
     ``dataset`` names the text in the imatrix; ``fisher`` adds the backward pass, whose labels ``seed`` draws;
     ``scratch`` is a folder for states that do not fit in memory. The result does not depend on ``threads``.
     """
-    return_large_blocks()
+    keep_freed_memory()
     n_windows, n_ctx = windows.shape
     model = BlockModel(source)
     slots = model.n_layer + 1 if fisher else 1
