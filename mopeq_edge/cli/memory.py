@@ -217,7 +217,8 @@ def _print(
     device_rows.append(("GPU shares the memory", shared_memory))
     print_table(rows_table(device.name or "this device", device_rows))
     limit = "an unknown limit" if verdict.limit is None else both(verdict.limit)
-    click.echo(f"{verdict.word}: {both(verdict.needed)} needed, {limit} to be had")
+    word = click.style(verdict.word, fg="green" if verdict.ok else "red", bold=True)
+    click.echo(f"{word}: {both(verdict.needed)} needed, {limit} to be had")
     if verdict.missing:
         click.echo(f"missing: {both(verdict.missing)}")
     for lever in levers:
