@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from mopeq_edge.calibrate.experts import ExpertWeights, RoutedExperts, Tap, gated_by
 from mopeq_edge.calibrate.latent import ATTENTION, LatentWatch
-from mopeq_edge.calibrate.memory import return_freed_memory
 from mopeq_edge.errors import CalibrationError, SourceError, printable
 from mopeq_edge.ggml.types import BF16, F16, MXFP4, GgmlType
+from mopeq_edge.heap import return_freed_memory
 from mopeq_edge.imatrix import EMBEDDING
 from mopeq_edge.source.converter import Part
 from mopeq_edge.source.huggingface import HuggingFaceSource

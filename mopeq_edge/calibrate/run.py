@@ -9,11 +9,11 @@ import numpy as np
 
 from mopeq_edge.binding import Tokens
 from mopeq_edge.calibrate.blocks import BlockModel
-from mopeq_edge.calibrate.memory import keep_freed_memory
 from mopeq_edge.calibrate.passes import backward, forward, one_torch_thread, output_sums
 from mopeq_edge.calibrate.states import HiddenStates
 from mopeq_edge.calibrate.statistics import Doubles, Routing, Sums
 from mopeq_edge.calibrate.tokens import token_windows
+from mopeq_edge.heap import keep_freed_memory
 from mopeq_edge.imatrix import EMBEDDING, GRADIENT, LOOKUP, Imatrix
 from mopeq_edge.progress import Progress
 from mopeq_edge.sensitivity.pricing import Statistics

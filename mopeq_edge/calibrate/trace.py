@@ -10,12 +10,12 @@ from mopeq_edge.binding import Tokens
 from mopeq_edge.calibrate.blocks import BlockModel
 from mopeq_edge.calibrate.curvature import Run, curvature, record_choices
 from mopeq_edge.calibrate.hutchinson import mean_and_error
-from mopeq_edge.calibrate.memory import keep_freed_memory
 from mopeq_edge.calibrate.passes import one_torch_thread
 from mopeq_edge.calibrate.states import HiddenStates
 from mopeq_edge.calibrate.statistics import Doubles
 from mopeq_edge.calibrate.tokens import token_windows
 from mopeq_edge.calibrate.traces import Traces, with_prior
+from mopeq_edge.heap import keep_freed_memory
 from mopeq_edge.progress import Progress
 from mopeq_edge.source.huggingface import HuggingFaceSource
 from mopeq_edge.source.model import Source

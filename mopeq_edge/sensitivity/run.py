@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,18 +10,20 @@ import numpy as np
 
 from mopeq_edge.ggml.library import Ggml
 from mopeq_edge.ggml.types import GgmlType
+from mopeq_edge.heap import keep_freed_memory
 from mopeq_edge.plan.candidates import candidates
-from mopeq_edge.progress import Progress
-from mopeq_edge.sensitivity.measure import ROWS_AT_ONCE, measure_tensor, total_matrices
+from mopeq_edge.progress import Progress, Step
+from mopeq_edge.sensitivity.measure import Measured, Measurement, total_matrices
 from mopeq_edge.sensitivity.pricing import Statistics, pricings
-from mopeq_edge.sensitivity.scores import DERIVED, Doubles, mopeq_score
+from mopeq_edge.sensitivity.sample import SampleRows
+from mopeq_edge.sensitivity.scores import DERIVED, Doubles, Pricing, mopeq_score
 from mopeq_edge.sensitivity.table import SensitivityTable
-from mopeq_edge.source.model import Source, SourceTensor, magnitude
+from mopeq_edge.source.model import Source, SourceTensor
 from mopeq_edge.source.padded import expert_padding
 from mopeq_edge.source.roles import Role
 
-SINGLE_MATRIX_ROWS = 8
-"""Times as many rows are sampled of a tensor of one matrix."""
+AHEAD = 8
+"""Tensors that are begun before the first of them is waited for: threads find work while one matrix is at its end."""
 
 
 def measure_sensitivity(
@@ -31,7 +33,7 @@ def measure_sensitivity(
     quantize_with: str,
     ggml: Ggml,
     *,
-    sample_rows: int | None,
+    sample_rows: SampleRows,
     threads: int,
     made_from: str,
     progress: Progress,
@@ -39,76 +41,67 @@ def measure_sensitivity(
     """Damage of every quantizable tensor and expert for all ``types`` that fit it, by every available score.
 
     ``quantize_with`` chooses the imatrix that weighs the quantizer: ``activation``, ``gradient`` or ``none``.
-    Floors do not apply here, so one table serves every choice of floors. ``sample_rows`` rows are measured of each
-    matrix of a stack, :data:`SINGLE_MATRIX_ROWS` times as many of other tensors; None measures all. A type that does
-    not hold the largest weight of a tensor, of all its rows, is left out for it. Where experts can be padded, the types
-    that only padded rows take are measured as well.
+    Floors do not apply here, so one table serves every choice of floors. ``sample_rows`` says how many rows are
+    measured of each matrix (:mod:`~mopeq_edge.sensitivity.sample`). A type that does not hold the largest weight of a
+    tensor, of all its rows, is left out for it. Where experts can be padded, the types that only padded rows take are
+    measured as well. Every weight is read once.
     """
+    keep_freed_memory()
     padding = expert_padding(source)
     imatrix = statistics.imatrix(quantize_with)
     tensors = [t for t in source.tensors if t.quantizable]
-    with ThreadPoolExecutor(threads) as pool:
-        norms, largest = _norms(source, tensors, pool, progress)
-        mopeq = _mopeq_by_layer(tensors, norms)
-        errors = {}
-        with progress.step("sensitivity", total_matrices(tensors), "matrices") as step:
+    measured: dict[str, Measured] = {}
+    waiting: deque[tuple[str, Measurement]] = deque()
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        progress.step("sensitivity", total_matrices(tensors), "matrices") as step,
+    ):
+        try:
             for tensor in tensors:
                 has_imatrix = imatrix is not None and tensor.name in imatrix.entries
                 padded = tensor if padding is None else padding.tensor(tensor)
-                chosen = candidates(
-                    padded, types, has_imatrix=has_imatrix, floors={}, largest=float(largest[tensor.name].max())
-                )
-                score = mopeq[tensor.layer] if tensor.role is Role.EXPERT and tensor.layer is not None else None
-                own = _own_mopeq(tensor, norms[tensor.name]) if score is None else list(score)
-                errors[tensor.name] = measure_tensor(
+                measurement = Measurement(
                     source,
                     tensor,
-                    chosen,
-                    pricings(tensor, statistics, own),
+                    candidates(padded, types, has_imatrix=has_imatrix, floors={}),
+                    _prices(tensor, statistics, None),
                     imatrix,
                     ggml,
                     pool,
                     padded_in=padded.n_in,
-                    sample_rows=_rows_to_measure(tensor, sample_rows),
-                    on_matrix=step.advance,
+                    sample_rows=sample_rows,
                 )
+                waiting.append((tensor.name, measurement))
+                if len(waiting) >= AHEAD:
+                    _collect(waiting, measured, step)
+            while waiting:
+                _collect(waiting, measured, step)
+        finally:
+            for _, unfinished in waiting:
+                unfinished.cancel()
+    mopeq = _mopeq_by_layer(tensors, measured)
+    errors = {
+        tensor.name: measured[tensor.name].priced(_prices(tensor, statistics, _own_mopeq(tensor, measured, mopeq)))
+        for tensor in tensors
+    }
     unrouted = imatrix.unrouted if imatrix is not None else ()
     scores = tuple(score for score in statistics.available() if score not in DERIVED)
     return SensitivityTable(errors, mopeq, scores, quantize_with, unrouted, sample_rows, made_from)
 
 
-def _rows_to_measure(tensor: SourceTensor, sample_rows: int | None) -> int | None:
-    """A stack averages over its experts or heads; a tensor of one matrix needs more rows for the same error."""
-    if sample_rows is None or tensor.n_matrices > 1:
-        return sample_rows
-    return sample_rows * SINGLE_MATRIX_ROWS
+def _collect(waiting: deque[tuple[str, Measurement]], measured: dict[str, Measured], step: Step) -> None:
+    """Wait for the first; it stays among the waiting if it fails."""
+    name, first = waiting[0]
+    measured[name] = first.result(step.advance)
+    waiting.popleft()
 
 
-def _norms(
-    source: Source, tensors: Sequence[SourceTensor], pool: ThreadPoolExecutor, progress: Progress
-) -> tuple[dict[str, Doubles], dict[str, Doubles]]:
-    """|W|_F and the largest magnitude [n_matrices] of every tensor; also the first full look at the weights."""
-
-    def norm(tensor: SourceTensor, matrix: int) -> tuple[float, float]:
-        # a whole vocabulary in float64 would be larger than a block
-        at_once, total, largest = max(1, ROWS_AT_ONCE // tensor.n_in), 0.0, 0.0
-        for start in range(0, tensor.n_out, at_once):
-            rows = source.read(tensor, matrix, slice(start, start + at_once))
-            total += float(np.square(rows, dtype=np.float64).sum())
-            largest = max(largest, magnitude(rows))
-        return math.sqrt(total), largest
-
-    norms: dict[str, Doubles] = {}
-    largest: dict[str, Doubles] = {}
-    with progress.step("norms", total_matrices(tensors), "matrices") as step:
-        for tensor in tensors:
-            futures = [pool.submit(norm, tensor, m) for m in range(tensor.n_matrices)]
-            norms[tensor.name], largest[tensor.name] = np.array([future.result() for future in futures]).T
-            step.advance(tensor.n_matrices)
-    return norms, largest
+def _prices(tensor: SourceTensor, statistics: Statistics, mopeq: Sequence[float] | None) -> dict[str, list[Pricing]]:
+    """With ``mopeq`` None for how errors are weighed, which is known before the norms of a layer are."""
+    return pricings(tensor, statistics, [1.0] * tensor.n_matrices if mopeq is None else mopeq)
 
 
-def _mopeq_by_layer(tensors: Sequence[SourceTensor], norms: Mapping[str, Doubles]) -> dict[int, Doubles]:
+def _mopeq_by_layer(tensors: Sequence[SourceTensor], measured: Mapping[str, Measured]) -> dict[int, Doubles]:
     """S(e) of every expert of every layer."""
     layers: dict[int, list[SourceTensor]] = {}
     for tensor in tensors:
@@ -117,13 +110,15 @@ def _mopeq_by_layer(tensors: Sequence[SourceTensor], norms: Mapping[str, Doubles
     scores = {}
     for layer, stacks in layers.items():
         sizes = {t.name: t.n_in * t.n_out for t in stacks}
-        scores[layer] = np.array(
-            [mopeq_score({t.name: float(norms[t.name][e]) for t in stacks}, sizes) for e in range(stacks[0].n_matrices)]
-        )
+        norms = {t.name: measured[t.name].norms for t in stacks}
+        by_expert = ({name: float(own[e]) for name, own in norms.items()} for e in range(stacks[0].n_matrices))
+        scores[layer] = np.array([mopeq_score(of_one, sizes) for of_one in by_expert])
     return scores
 
 
-def _own_mopeq(tensor: SourceTensor, norms: Doubles) -> list[float]:
-    """S of every matrix that is no expert's, for itself."""
+def _own_mopeq(tensor: SourceTensor, measured: Mapping[str, Measured], by_layer: Mapping[int, Doubles]) -> list[float]:
+    """S of every matrix of ``tensor``: of its expert, or of the matrix by itself."""
+    if tensor.role is Role.EXPERT and tensor.layer is not None:
+        return [float(score) for score in by_layer[tensor.layer]]
     sizes = {tensor.name: tensor.n_in * tensor.n_out}
-    return [mopeq_score({tensor.name: float(norm)}, sizes) for norm in norms]
+    return [mopeq_score({tensor.name: float(norm)}, sizes) for norm in measured[tensor.name].norms]

@@ -131,7 +131,7 @@ def _peaks(program: Path, paths: Mapping[str, Path], mmap: str, rounds: int) -> 
     for _ in range(rounds):
         for name, path in paths.items():
             command = [str(program), "-m", str(path), "-p", "0", "-n", "1", "-r", "1", "-t", "1"]
-            peaks[name].append(run([*command, "-lm", mmap])[1])
+            peaks[name].append(run([*command, "-lm", mmap]).peak_mib)
     return {name: statistics.median(values) for name, values in peaks.items()}
 
 

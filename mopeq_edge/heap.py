@@ -1,8 +1,8 @@
-"""How the C library keeps freed memory: what makes a stream of blocks fast, and as small as one block.
+"""How the C library keeps freed memory: what makes a stream of matrices fast, and as small as one of them.
 
 By itself glibc gives back what is freed at the end of a heap at once, which costs a page fault for every page of the
-next activation, and keeps every hole, so that a process grows from block to block. Here it keeps what is freed while a
-block computes, in one heap for all threads, and gives back all of it when the block is done.
+next array, and keeps every hole, so that a process grows from block to block. Here it keeps what is freed while a block
+computes, in one heap for all threads, and gives back all of it when the block is done.
 """
 
 from __future__ import annotations
