@@ -143,6 +143,8 @@ def default_sensitivity(context: Context, calibration: CalibrationRequest) -> st
     has_gradient = context.source.kind == "huggingface" and calibration.imatrix is None and calibration.fisher
     if not has_gradient:
         return IMATRIX
+    if calibration.pictures is not None:
+        return FISHER
     return FISHER_TRACE if calibration.trace is not None or load_traces(context) is not None else FISHER
 
 

@@ -66,10 +66,8 @@ def check_vision(context: Context, output: Path, kind: str | None, *, force: boo
     source = context.source
     if kind is None or not isinstance(source, HuggingFaceSource):
         return None
-    from converters.vision import find_family
-
-    family = find_family(source.config)
-    if family is None or not any(name.startswith(family.prefixes) for name in source.checkpoint.names):
+    family = family_of(source)
+    if family is None:
         return None
     tower = family.read(source.path, source.config, source.checkpoint)
     out = output.with_name(whole_name(output).removesuffix(".gguf") + ENDING)
@@ -79,6 +77,15 @@ def check_vision(context: Context, output: Path, kind: str | None, *, force: boo
         for path in (out, out.with_name(f"{out.name}.data")):
             check_output(path, context.inputs, force=force)
     return request
+
+
+def family_of(source: HuggingFaceSource) -> Family | None:
+    """How the vision side of ``source`` is built; None for a model that sees nothing."""
+    from converters.vision import find_family
+
+    family = find_family(source.config)
+    found = family is not None and any(name.startswith(family.prefixes) for name in source.checkpoint.names)
+    return family if found else None
 
 
 def run_vision(context: Context, request: VisionRequest | None) -> Vision | None:

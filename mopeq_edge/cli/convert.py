@@ -96,19 +96,7 @@ def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Conver
         evaluation_text = context.work.file("held-out.txt")
         with atomic_write(evaluation_text) as file:
             file.write(tail.encode())
-    calibration = options.calibration_request(
-        context.source.kind == "huggingface",
-        text,
-        words,
-        imatrix=given["imatrix"],
-        window=given["window"],
-        chunks=given["chunks"],
-        fisher=given["fisher"],
-        seed=given["seed"],
-        trace=given["trace"],
-        probes=given["probes"],
-        trace_chunks=given["trace_chunks"],
-    )
+    calibration = options.calibration_request(context.source.kind == "huggingface", text, words, given)
     if plan.sensitivity == "auto":
         plan = replace(plan, sensitivity=default_sensitivity(context, calibration))
     return convert(

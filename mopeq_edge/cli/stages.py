@@ -49,10 +49,10 @@ def _finished_calibration(context: Context) -> Calibrated:
 @threads_option
 @json_option
 def calibrate(model: Path, **given: Any) -> None:
-    """Run text through MODEL and keep its statistics in the work directory.
+    """Run text, and pictures, through MODEL and keep the statistics in the work directory.
 
     Leaves imatrix.gguf, with --fisher gradient.gguf (both serve llama-quantize too), and the routing; with
-    --trace also trace.safetensors.
+    --trace also trace.safetensors, with --images also modalities.safetensors: text and pictures apart.
 
     \b
     Example:
@@ -61,20 +61,16 @@ def calibrate(model: Path, **given: Any) -> None:
     from mopeq_edge.alone import alone
     from mopeq_edge.cli.console import console_progress, print_json, print_table, rows_table
     from mopeq_edge.evaluate.chunks import read_text
-    from mopeq_edge.pipeline_calibrate import run_calibrate
+    from mopeq_edge.pipeline_calibrate import load_routing_by_kind, run_calibrate
 
     with console_progress() as progress, alone(options.work_directory(given["work_dir"], model)):
         text = options.calibration_text(model, given["text"], given["imatrix"])
         context = _context(model, given, progress, lambda _: options.check_before_script(model, given, text))
-        names = ("imatrix", "window", "chunks", "fisher", "seed", "trace", "probes", "trace_chunks")
-        request = options.calibration_request(
-            context.source.kind == "huggingface",
-            text,
-            read_text(text) if text is not None else "",
-            **{name: given[name] for name in names},
-        )
+        words = read_text(text) if text is not None else ""
+        request = options.calibration_request(context.source.kind == "huggingface", text, words, given)
         statistics = run_calibrate(context, request).statistics
     routing, imatrix, traces = statistics.routing, statistics.activation, statistics.traces
+    by_kind = load_routing_by_kind(context.work)
     left = [*context.work.files("calibrate"), *(context.work.files("trace") if traces is not None else ())]
     summary = {
         "tokens": routing.n_tokens if routing is not None else 0,
@@ -82,12 +78,14 @@ def calibrate(model: Path, **given: Any) -> None:
         "gradient_imatrix": statistics.gradient is not None,
         "never_routed": list(imatrix.unrouted) if imatrix is not None else [],
         "files": {name: str(context.work.file(name)) for name in left},
+        "modalities": by_kind.as_dict() if by_kind is not None else None,
         "trace": traces.summary() if traces is not None else None,
     }
     if given["as_json"]:
         print_json(summary)
         return
     rows = [("tokens", f"{summary['tokens']:,}"), ("imatrix entries", str(summary["entries"]))]
+    rows += by_kind.rows() if by_kind is not None else []
     rows += [(name, str(context.work.file(name))) for name in left]
     if traces is not None:
         rows.append(("trace", traces.sentence()))
