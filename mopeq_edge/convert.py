@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mopeq_edge.artifacts import digest, read_json, write_json
 from mopeq_edge.atomic import check_output
+from mopeq_edge.device_files import DeviceFile, total_bytes
 from mopeq_edge.emit import without_imatrix
 from mopeq_edge.errors import PlanError
 from mopeq_edge.evaluate.chunks import Positions, read_text
@@ -72,6 +73,8 @@ class ConvertRequest:
     """In the place of a budget: what the file has to run in."""
     vision: str | None = None
     """Type of the vision file's matrices; None for the text side alone."""
+    beside: tuple[DeviceFile, ...] = ()
+    """Further files that the device loads; like those that see pictures they are part of the budget."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +114,20 @@ class Converted:
     """The memory that the file was planned for."""
     vision: Vision | None = None
     """The file beside it that sees pictures."""
+    beside: tuple[DeviceFile, ...] = ()
+    """Further files that the device loads."""
+
+    @property
+    def device_bytes(self) -> int:
+        """Of everything that the device loads."""
+        return self.file_bytes + total_bytes(self.beside) + (self.vision.file_bytes if self.vision is not None else 0)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values with units in their names."""
         return {
+            "beside": {file.name: file.nbytes for file in self.beside},
             "budget_bytes": self.plan.budget_bytes,
+            "device_bytes": self.device_bytes,
             "evaluation": self.evaluation.as_dict() if self.evaluation is not None else None,
             "expert_padding": asdict(self.plan.expert_padding) if self.plan.expert_padding is not None else None,
             "file_bytes": self.file_bytes,
@@ -164,6 +176,8 @@ def convert(context: Context, request: ConvertRequest) -> Converted:
             f"{context.source.path}: no text to validate on; give --eval-text FILE, or --no-evaluate to skip that"
         )
     budget = request.budget if request.fits is None else first_budget(context, request.fits)
+    if budget is not None and request.fits is None:
+        budget = replace(budget, beside=(*(eyes.files if eyes is not None else ()), *request.beside))
     check_budget(context, request.calibration, budget, request.options)
     calibrated = run_calibrate(context, request.calibration)
     require_scores([request.options.sensitivity], calibrated.statistics)
@@ -192,6 +206,7 @@ def convert(context: Context, request: ConvertRequest) -> Converted:
         comparison,
         fit,
         vision,
+        request.beside,
     )
     write_json(context.work.file("validation.json"), VALIDATION_FORMAT, VERSION, result.as_dict())
     return result

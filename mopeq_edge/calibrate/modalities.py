@@ -96,7 +96,7 @@ class Modalities:
 
 @dataclass(frozen=True)
 class RoutingByKind:
-    """Tokens of each kind that experts got: ``counts[layer][kind]`` [n_expert]. ``weight`` is that of the statistics."""
+    """Tokens of each kind by expert: ``counts[layer][kind]`` [n_expert]. ``weight`` is that of the statistics."""
 
     n_pictures: int
     n_tokens: Mapping[str, int]
@@ -142,8 +142,8 @@ class RoutingByKind:
             ("pictures", f"{plural(self.n_pictures, 'picture')}, {seen:,} of {text + seen:,} tokens, {share}"),
             (
                 "routing",
-                f"of {plural(n_experts, 'expert')} {alone[VISION]} see pictures alone, {alone[TEXT]} text alone; shares "
-                f"differ by {self.distance():.2f} (total variation, mean of layers)",
+                f"of {plural(n_experts, 'expert')} {alone[VISION]} see pictures alone, {alone[TEXT]} text alone; "
+                f"shares differ by {self.distance():.2f} (total variation, mean of layers)",
             ),
         ]
 

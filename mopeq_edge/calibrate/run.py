@@ -101,9 +101,7 @@ def calibrate_mixed(
         with one_torch_thread():
             found = forward(model, windows, states, keep=fisher, threads=threads, progress=progress)
             first_seed = seed * len(windows) if fisher else None
-            output = output_sums(
-                model, windows, states, last, seed=first_seed, threads=threads, progress=progress
-            )
+            output = output_sums(model, windows, states, last, seed=first_seed, threads=threads, progress=progress)
             if fisher:
                 gradients, embedding = backward(model, windows, states, threads=threads, progress=progress)
                 _merge(found, gradients)

@@ -27,7 +27,8 @@ class Window:
     @property
     def seen(self) -> npt.NDArray[np.bool_]:
         """Which positions are of pictures."""
-        return self.tokens == PICTURE
+        found: npt.NDArray[np.bool_] = self.tokens == PICTURE
+        return found
 
     @property
     def predicts_text(self) -> npt.NDArray[np.bool_]:

@@ -25,14 +25,7 @@ if TYPE_CHECKING:
 @options.split_option
 @click.option("--eval-text", type=FILE, help="Text to validate on (default: the calibration text's held-out tail).")
 @click.option("--no-evaluate", is_flag=True, help="Do not run the result in llama.cpp.")
-@click.option(
-    "--vision-type",
-    type=click.Choice(["F16", "F32", "INT8"]),
-    default="F16",
-    show_default=True,
-    help="Type of the matrices that see pictures, written beside OUT as .vision.onnx.",
-)
-@click.option("--text-only", is_flag=True, help="Leave out what sees pictures.")
+@options.vision_options
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @options.work_option
 @options.source_options
@@ -113,6 +106,7 @@ def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Conver
             force=given["force"],
             fits=fits,
             vision=None if given["text_only"] else given["vision_type"],
+            beside=options.files_beside(given),
         ),
     )
 
@@ -149,6 +143,9 @@ def _table(result: Converted) -> Any:
         ]
     if result.vision is not None:
         rows.append(("vision", result.vision.sentence()))
+    rows += [("beside it", f"{file.name}, {file.nbytes:,} bytes") for file in result.beside]
+    if result.device_bytes > result.file_bytes:
+        rows.append(("the device loads", f"{result.device_bytes:,} bytes"))
     if result.fit is not None:
         rows.append(("memory", result.fit.sentence()))
     if result.forecast is not None:

@@ -11,6 +11,7 @@ import click
 from mopeq_edge.cli.console import FILE
 
 if TYPE_CHECKING:
+    from mopeq_edge.device_files import DeviceFile
     from mopeq_edge.pipeline_calibrate import CalibrationRequest
     from mopeq_edge.pipeline_fits import FitsRequest
     from mopeq_edge.pipeline_pictures import PicturesRequest
@@ -99,15 +100,42 @@ def split_bytes(given: Mapping[str, Any]) -> int | None:
 
 
 budget_options = _stack(
-    click.option("--target-gb", type=float, help="Largest file, in GB (1e9 bytes)."),
-    click.option("--target-gib", type=float, help="Largest file, in GiB (2^30 bytes)."),
-    click.option("--target-bpw", type=float, help="Most bits per weight, as llama.cpp counts them."),
+    click.option("--target-gb", type=float, help="Most bytes that the device loads, in GB (1e9 bytes)."),
+    click.option("--target-gib", type=float, help="Most bytes that the device loads, in GiB (2^30 bytes)."),
+    click.option("--target-bpw", type=float, help="Most bits per weight of the GGUF, as llama.cpp counts them."),
     click.option("--fits", help="Instead: memory that llama.cpp may take with the next options, e.g. 6GiB."),
     click.option("--ctx", type=click.IntRange(min=1), help="--fits: tokens of context."),
     click.option("--parallel", type=click.IntRange(min=1), help="--fits: llama-server's slots (default: 1)."),
     click.option("--cache-type", type=click.Choice(CACHE_TYPES), help="--fits: type of K and V (default: f16)."),
     click.option("--ngl", type=click.IntRange(min=0), help="--fits: layers on a GPU that shares the memory."),
 )
+
+vision_options = _stack(
+    click.option(
+        "--vision-type",
+        type=click.Choice(["F16", "F32", "INT8"]),
+        default="F16",
+        show_default=True,
+        help="Type of the matrices that see pictures, in OUT's .vision.onnx; they are part of the budget.",
+    ),
+    click.option("--text-only", is_flag=True, help="Leave out what sees pictures."),
+    click.option(
+        "--beside",
+        "beside",
+        type=FILE,
+        multiple=True,
+        help="Another file that the device loads (an mmproj, say): its bytes are part of the budget.",
+    ),
+)
+"""``--vision-type``, ``--text-only`` and ``--beside``: what a device loads beside the GGUF."""
+
+
+def files_beside(given: Mapping[str, Any]) -> tuple[DeviceFile, ...]:
+    """The files of ``--beside``."""
+    from mopeq_edge.device_files import device_files
+
+    return tuple(file for path in given["beside"] for file in device_files(path))
+
 
 _FITS = ("ctx", "parallel", "cache_type", "ngl")
 """Options that belong to ``--fits``."""

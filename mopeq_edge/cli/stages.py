@@ -12,6 +12,7 @@ from mopeq_edge.cli import options
 from mopeq_edge.cli.console import FILE, json_option, threads_option
 
 if TYPE_CHECKING:
+    from mopeq_edge.device_files import DeviceFile
     from mopeq_edge.pipeline import Context
     from mopeq_edge.pipeline_calibrate import Calibrated
     from mopeq_edge.pipeline_context import BeforeScript
@@ -133,6 +134,7 @@ def sensitivity(model: Path, **given: Any) -> None:
 @click.command()
 @click.argument("model", type=FILE)
 @options.budget_options
+@options.vision_options
 @options.plan_options
 @options.split_option
 @click.option("-o", "--output", type=FILE, help="Where to write the plan (default: plan.json in the work directory).")
@@ -143,6 +145,9 @@ def sensitivity(model: Path, **given: Any) -> None:
 @json_option
 def plan(model: Path, **given: Any) -> None:
     """Choose a type for every tensor of MODEL under a byte budget; needs a finished sensitivity.
+
+    Of a model that sees pictures the budget is for both sides, as convert writes them. The name of its vision file,
+    which its bytes depend on, is that of the work directory, or give the file that there is with --beside.
 
     --planner mopeq is the paper's (arXiv 2509.02512): precisions by the experts' scores alone. Without a
     target the size comes out; with one the map grows or shrinks to fit.
@@ -169,6 +174,8 @@ def plan(model: Path, **given: Any) -> None:
         table = load_sensitivity(context.work)
         if request.sensitivity == "auto":
             request = replace(request, sensitivity=next(s for s in BEST if s in table.scores))
+        if budget is not None:
+            budget = replace(budget, beside=_beside(context, given))
         fit: Fit | None = None
         if fits is None:
             made = run_plan(context, table, calibrated.statistics, budget, request)
@@ -186,6 +193,18 @@ def plan(model: Path, **given: Any) -> None:
         print_json({**made.as_dict(), **{k: v.as_dict() if v is not None else None for k, v in further.items()}})
     else:
         print_table(plan_table(made, comparison, fit))
+
+
+def _beside(context: Context, given: dict[str, Any]) -> tuple[DeviceFile, ...]:
+    """What the device loads beside the GGUF: files that are given, and the vision files to come if none of those is."""
+    from mopeq_edge.pipeline_vision import vision_files
+    from mopeq_edge.vision.description import ENDING
+
+    files = options.files_beside(given)
+    if given["text_only"] or any(file.name.endswith(ENDING) for file in files):
+        return files
+    name = f"{context.work.path.name.removesuffix('.mopeq')}{ENDING}"
+    return (*vision_files(context, name, given["vision_type"]), *files)
 
 
 def plan_table(made: Plan, comparison: Forecast | None, fit: Fit | None) -> Any:

@@ -15,6 +15,8 @@ from mopeq_edge.errors import FormatError
 
 KEY, FORMAT, VERSION = "mopeq.vision", "mopeq-edge vision", 1
 ENDING = ".vision.onnx"
+WEIGHTS_ENDING = ".data"
+"""Of the name of the file with the weights, behind that of the graph."""
 TILES, CROPS = "tiles", "crops"
 TYPES = ("F32", "F16", "INT8")
 
