@@ -120,7 +120,12 @@ class Converted:
     @property
     def device_bytes(self) -> int:
         """Of everything that the device loads."""
-        return self.file_bytes + total_bytes(self.beside) + (self.vision.file_bytes if self.vision is not None else 0)
+        return self.file_bytes + self.beside_bytes
+
+    @property
+    def beside_bytes(self) -> int:
+        """Of everything but the GGUF."""
+        return total_bytes((*(self.vision.files if self.vision is not None else ()), *self.beside))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values with units in their names."""
@@ -175,8 +180,12 @@ def convert(context: Context, request: ConvertRequest) -> Converted:
         raise PlanError(
             f"{context.source.path}: no text to validate on; give --eval-text FILE, or --no-evaluate to skip that"
         )
-    budget = request.budget if request.fits is None else first_budget(context, request.fits)
-    if budget is not None and request.fits is None:
+    tower = eyes.tower if eyes is not None else None
+    budget, fits = request.budget, request.fits
+    if fits is not None:
+        fits = replace(fits, tower=tower, beside=request.beside)
+        budget = first_budget(context, fits)
+    elif budget is not None:
         budget = replace(budget, beside=(*(eyes.files if eyes is not None else ()), *request.beside))
     check_budget(context, request.calibration, budget, request.options)
     calibrated = run_calibrate(context, request.calibration)
@@ -184,10 +193,10 @@ def convert(context: Context, request: ConvertRequest) -> Converted:
     kind = _first_kind(request, calibrated.statistics)
     table = run_sensitivity(context, calibrated, request.options.types, kind, request.sample_rows)
     fit: Fit | None = None
-    if request.fits is None:
+    if fits is None:
         plan = run_plan(context, table, calibrated.statistics, budget, request.options)
     else:
-        plan, fit, budget = run_plan_that_fits(context, table, calibrated.statistics, request.fits, request.options)
+        plan, fit, budget = run_plan_that_fits(context, table, calibrated.statistics, fits, request.options)
     comparison = run_forecast(context, table, calibrated.statistics, budget, request.options, plan)
     measure = _measure(context, request) if request.evaluate else None
     choice = _choose(context, request, calibrated, plan, kind, digest(words), measure)

@@ -12,10 +12,11 @@ from mopeq_edge.artifacts import digest
 from mopeq_edge.atomic import check_output
 from mopeq_edge.device_files import DeviceFile, device_files, total_bytes
 from mopeq_edge.errors import FormatError
+from mopeq_edge.memory.tower import TowerMemory, tower_memory
 from mopeq_edge.pipeline_context import Context
 from mopeq_edge.source.huggingface import HuggingFaceSource
-from mopeq_edge.split import whole_name
-from mopeq_edge.vision.description import ENDING, WEIGHTS_ENDING
+from mopeq_edge.source.model import Source
+from mopeq_edge.vision.description import WEIGHTS_ENDING, vision_beside
 from mopeq_edge.vision.session import weights_file
 
 if TYPE_CHECKING:
@@ -62,8 +63,12 @@ class VisionRequest:
     out: Path
     kind: str
     made_from: str
-    files: tuple[DeviceFile, ...]
-    """What will be there, to the byte."""
+    tower: TowerMemory
+    """The files that will be there, to the byte, and the memory that they will take."""
+
+    @property
+    def files(self) -> tuple[DeviceFile, ...]:
+        return self.tower.files
 
 
 def check_vision(context: Context, output: Path, kind: str | None, *, force: bool) -> VisionRequest | None:
@@ -72,33 +77,31 @@ def check_vision(context: Context, output: Path, kind: str | None, *, force: boo
     Raises before anything is computed for settings that are not known, and where the file may not be replaced.
     """
     source = context.source
-    if kind is None or not isinstance(source, HuggingFaceSource):
+    if kind is None or not isinstance(source, HuggingFaceSource) or (family := family_of(source)) is None:
         return None
-    family = family_of(source)
-    if family is None:
+    settings = family.read(source.path, source.config, source.checkpoint)
+    out = vision_beside(output)
+    made_from = digest(["vision 2", context.source_sha256, kind, repr(settings)])
+    tower = planned_tower(source, out.name, kind)
+    if tower is None:
         return None
-    tower = family.read(source.path, source.config, source.checkpoint)
-    out = output.with_name(whole_name(output).removesuffix(".gguf") + ENDING)
-    made_from = digest(["vision 2", context.source_sha256, kind, repr(tower)])
-    request = VisionRequest(source, family, out, kind, made_from, vision_files(context, out.name, kind))
+    request = VisionRequest(source, family, out, kind, made_from, tower)
     if _kept(request) is None:
         for path in (out, weights_file(out)):
             check_output(path, context.inputs, force=force)
     return request
 
 
-def vision_files(context: Context, name: str, kind: str | None) -> tuple[DeviceFile, ...]:
-    """The graph ``name`` and its weights as ``convert`` would write them as ``kind``, from shapes alone.
+def planned_tower(source: Source, name: str, kind: str) -> TowerMemory | None:
+    """The vision file ``name`` as ``convert`` would write it as ``kind``, from shapes alone; None if nothing sees."""
+    if not isinstance(source, HuggingFaceSource) or (family := family_of(source)) is None:
+        return None
+    from converters.vision import planned_graph
 
-    None for a model that sees nothing, or without ``kind``.
-    """
-    source = context.source
-    if kind is None or not isinstance(source, HuggingFaceSource) or (family := family_of(source)) is None:
-        return ()
-    from converters.vision import vision_bytes
-
-    graph, weights = vision_bytes(source.checkpoint, family, source.path, source.config, name, kind)
-    return DeviceFile(name, graph), DeviceFile(f"{name}{WEIGHTS_ENDING}", weights)
+    graph, weights_bytes = planned_graph(source.checkpoint, family, source.path, source.config, name, kind)
+    graph_bytes = len(graph.SerializeToString(deterministic=True))
+    files = DeviceFile(name, graph_bytes), DeviceFile(f"{name}{WEIGHTS_ENDING}", weights_bytes)
+    return tower_memory(graph, kind, files)
 
 
 def family_of(source: HuggingFaceSource) -> Family | None:

@@ -69,15 +69,18 @@ def write_vision(
     return VisionFile(out, written.description, written.file_bytes)
 
 
-def vision_bytes(
+def planned_graph(
     checkpoint: Tensors, family: Family, directory: Path, config: Mapping[str, Any], name: str, kind: str
-) -> tuple[int, int]:
-    """Bytes of the graph and of its weights that :func:`write_vision` will write as ``name``, from shapes alone."""
+) -> tuple[onnx.ModelProto, int]:
+    """The graph that :func:`write_vision` will write as ``name``, of zeros, and the bytes of its weights.
+
+    From shapes alone; serialized, it has the bytes of the one to come.
+    """
     tower = family.read(directory, config, checkpoint)
     graph, beside = Graph(family.name), _Counter()
     family.build(tower, Weights(graph, _Shapes(checkpoint), beside, weights_file(Path(name)).name, kind))
     described = _description(tower, kind, "0" * STAMP, 0.0, beside.size + STAMP)
-    return len(_with_description(graph.unchecked_model(), described)), beside.size + STAMP
+    return _with_description(graph.unchecked_model(), described), beside.size + STAMP
 
 
 class _Shapes:
@@ -148,7 +151,7 @@ def _describe(path: Path, tower: Any, kind: str, made_from: str, error: float) -
     described = _description(tower, kind, made_from, error, size)
     content = _with_description(onnx.load(path, load_external_data=False), described)
     with path.open("wb") as file:
-        file.write(content)
+        file.write(content.SerializeToString(deterministic=True))
         file.flush()
         os.fsync(file.fileno())
     return VisionFile(path, described, path.stat().st_size + size)
@@ -167,13 +170,12 @@ def _description(tower: Any, kind: str, made_from: str, error: float, weights_by
     )
 
 
-def _with_description(model: onnx.ModelProto, described: Description) -> bytes:
-    """The file's content. Blanks behind the text make up for the digits of the error: its size is known before."""
+def _with_description(model: onnx.ModelProto, described: Description) -> onnx.ModelProto:
+    """``model`` that says what it is. Blanks make up for the digits of the error: the file's size is known before."""
     text = described.text()
     blanks = " " * (ERROR_DIGITS - len(repr(described.relative_error)))
     onnx.helper.set_model_props(model, {KEY: text + blanks})
-    content: bytes = model.SerializeToString(deterministic=True)
-    return content
+    return model
 
 
 def _embed(path: Path, threads: int) -> Floats:

@@ -60,6 +60,7 @@ def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Conver
     from mopeq_edge.atomic import atomic_write, check_output
     from mopeq_edge.calibrate.tokens import split_text
     from mopeq_edge.convert import HELD_OUT, ConvertRequest, convert, default_sensitivity
+    from mopeq_edge.device_files import device_files
     from mopeq_edge.evaluate.chunks import read_text
     from mopeq_edge.pipeline import open_context
     from mopeq_edge.split import check_parts
@@ -106,7 +107,7 @@ def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Conver
             force=given["force"],
             fits=fits,
             vision=None if given["text_only"] else given["vision_type"],
-            beside=options.files_beside(given),
+            beside=tuple(file for path in given["beside"] for file in device_files(path)),
         ),
     )
 
@@ -144,7 +145,7 @@ def _table(result: Converted) -> Any:
     if result.vision is not None:
         rows.append(("vision", result.vision.sentence()))
     rows += [("beside it", f"{file.name}, {file.nbytes:,} bytes") for file in result.beside]
-    if result.device_bytes > result.file_bytes:
+    if result.beside_bytes:
         rows.append(("the device loads", f"{result.device_bytes:,} bytes"))
     if result.fit is not None:
         rows.append(("memory", result.fit.sentence()))

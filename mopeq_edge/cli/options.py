@@ -11,7 +11,6 @@ import click
 from mopeq_edge.cli.console import FILE
 
 if TYPE_CHECKING:
-    from mopeq_edge.device_files import DeviceFile
     from mopeq_edge.pipeline_calibrate import CalibrationRequest
     from mopeq_edge.pipeline_fits import FitsRequest
     from mopeq_edge.pipeline_pictures import PicturesRequest
@@ -128,13 +127,6 @@ vision_options = _stack(
     ),
 )
 """``--vision-type``, ``--text-only`` and ``--beside``: what a device loads beside the GGUF."""
-
-
-def files_beside(given: Mapping[str, Any]) -> tuple[DeviceFile, ...]:
-    """The files of ``--beside``."""
-    from mopeq_edge.device_files import device_files
-
-    return tuple(file for path in given["beside"] for file in device_files(path))
 
 
 _FITS = ("ctx", "parallel", "cache_type", "ngl")

@@ -13,6 +13,7 @@ from mopeq_edge.cli.console import FILE, json_option, threads_option
 
 if TYPE_CHECKING:
     from mopeq_edge.device_files import DeviceFile
+    from mopeq_edge.memory.tower import TowerMemory
     from mopeq_edge.pipeline import Context
     from mopeq_edge.pipeline_calibrate import Calibrated
     from mopeq_edge.pipeline_context import BeforeScript
@@ -174,8 +175,11 @@ def plan(model: Path, **given: Any) -> None:
         table = load_sensitivity(context.work)
         if request.sensitivity == "auto":
             request = replace(request, sensitivity=next(s for s in BEST if s in table.scores))
+        tower, beside = _beside(context, given)
+        if fits is not None:
+            fits = replace(fits, tower=tower, beside=beside)
         if budget is not None:
-            budget = replace(budget, beside=_beside(context, given))
+            budget = replace(budget, beside=(*(tower.files if tower is not None else ()), *beside))
         fit: Fit | None = None
         if fits is None:
             made = run_plan(context, table, calibrated.statistics, budget, request)
@@ -195,16 +199,21 @@ def plan(model: Path, **given: Any) -> None:
         print_table(plan_table(made, comparison, fit))
 
 
-def _beside(context: Context, given: dict[str, Any]) -> tuple[DeviceFile, ...]:
-    """What the device loads beside the GGUF: files that are given, and the vision files to come if none of those is."""
-    from mopeq_edge.pipeline_vision import vision_files
+def _beside(context: Context, given: dict[str, Any]) -> tuple[TowerMemory | None, tuple[DeviceFile, ...]]:
+    """What the device loads beside the GGUF: the vision file, the one that is given or the one to come, and others."""
+    from mopeq_edge.device_files import device_files
+    from mopeq_edge.memory.tower import tower_of_file
+    from mopeq_edge.pipeline_vision import planned_tower
     from mopeq_edge.vision.description import ENDING
 
-    files = options.files_beside(given)
-    if given["text_only"] or any(file.name.endswith(ENDING) for file in files):
-        return files
+    seen = [path for path in given["beside"] if path.name.endswith(ENDING)]
+    others = tuple(file for path in given["beside"] if path not in seen for file in device_files(path))
+    if given["text_only"]:
+        return None, others
+    if seen:
+        return tower_of_file(seen[-1]), others
     name = f"{context.work.path.name.removesuffix('.mopeq')}{ENDING}"
-    return (*vision_files(context, name, given["vision_type"]), *files)
+    return planned_tower(context.source, name, given["vision_type"]), others
 
 
 def plan_table(made: Plan, comparison: Forecast | None, fit: Fit | None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,16 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper, shape_inference
 
-from mopeq_edge.device_files import DeviceFile, device_files
-from mopeq_edge.errors import FormatError
+from mopeq_edge.device_files import DeviceFile, device_files, total_bytes
+from mopeq_edge.errors import FormatError, MopeqError
+from mopeq_edge.vision.description import KEY, read_description
 
 PYTHON_BYTES = 137_000_000
 """Python, onnxruntime and what it is run with; measured (docs/vision.md)."""
+
+ARENA: Mapping[str, float] = {"F16": 2.75, "INT8": 2.75, "F32": 4.05}
+"""What onnxruntime's arena takes, over what is alive at once. Measured; with F32 all shapes are known, and it keeps a
+second plan of them."""
 
 _VIEWS = ("Reshape", "Identity", "Squeeze", "Unsqueeze", "Flatten")
 """Operators whose output lies where their input is."""
@@ -24,19 +30,15 @@ _SIZES = {TensorProto.FLOAT: 4, TensorProto.FLOAT16: 2, TensorProto.INT8: 1, Ten
 
 @dataclass(frozen=True)
 class TowerMemory:
-    """Bytes: ``weights`` are pages of files, ``work`` is what a tile needs at once."""
+    """Bytes: ``files`` are mapped, ``work`` is what onnxruntime takes for a tile."""
 
     files: tuple[DeviceFile, ...]
     work: int
 
     @property
-    def weights(self) -> int:
-        return sum(file.nbytes for file in self.files)
-
-    @property
     def nbytes(self) -> int:
         """All of the process while it sees."""
-        return PYTHON_BYTES + self.weights + self.work
+        return PYTHON_BYTES + total_bytes(self.files) + self.work
 
 
 def tower_of_file(path: Path) -> TowerMemory:
@@ -44,10 +46,19 @@ def tower_of_file(path: Path) -> TowerMemory:
     files = device_files(path)
     try:
         graph = onnx.load(path, load_external_data=False)
-        return TowerMemory(files, work_bytes(graph))
+        said = {entry.key: entry.value for entry in graph.metadata_props}
+        kind = read_description(said.get(KEY), str(path)).weights_type
+        return tower_memory(graph, kind, files)
+    except MopeqError:
+        raise
     # protobuf's errors have no base that onnx would promise
     except Exception as error:
         raise FormatError(f"{path}: is no ONNX file ({' '.join(str(error).split())[:80]}); convert again") from None
+
+
+def tower_memory(graph: onnx.ModelProto, kind: str, files: tuple[DeviceFile, ...]) -> TowerMemory:
+    """What ``graph`` takes with its matrices as ``kind`` in ``files``."""
+    return TowerMemory(files, int(ARENA[kind] * work_bytes(graph)))
 
 
 def work_bytes(model: onnx.ModelProto) -> int:
