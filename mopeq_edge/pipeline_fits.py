@@ -13,7 +13,7 @@ from mopeq_edge.memory.model import Model, model_of_plan, model_of_source
 from mopeq_edge.memory.predict import predict
 from mopeq_edge.memory.repack import this_cpu
 from mopeq_edge.memory.settings import Settings
-from mopeq_edge.memory.tower import PYTHON_BYTES, TowerMemory
+from mopeq_edge.memory.tower import LEFT_BYTES, TowerMemory
 from mopeq_edge.pipeline import Context, plan_only
 from mopeq_edge.plan.artifact import Plan, write_plan
 from mopeq_edge.plan.budget import Budget
@@ -88,7 +88,7 @@ def first_budget(context: Context, request: FitsRequest) -> Budget:
             f"model is loaded, {request.limit:,} may be taken; give --vision-type INT8, --text-only or more memory"
         )
     model = replace(model_of_source(context.source), name=str(context.source.path))
-    beside = total_bytes(request.beside) + (PYTHON_BYTES if request.tower is not None else 0)
+    beside = total_bytes(request.beside) + (LEFT_BYTES if request.tower is not None else 0)
     found = file_budget(model, request.settings, this_cpu(), request.memory, request.headroom, beside)
     return Budget(nbytes=found.budget)
 

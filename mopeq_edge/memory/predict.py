@@ -15,7 +15,7 @@ from mopeq_edge.memory.model import Model
 from mopeq_edge.memory.overhead import CUDA_CONTEXT_BYTES, PROGRAM_FILE_BYTES, program_bytes
 from mopeq_edge.memory.repack import Cpu
 from mopeq_edge.memory.settings import Resolved, Settings, resolve
-from mopeq_edge.memory.tower import PYTHON_BYTES, TowerMemory
+from mopeq_edge.memory.tower import LEFT_BYTES, TowerMemory
 from mopeq_edge.memory.weights import place_weights
 from mopeq_edge.memory.work_buffer import WorkBuffer
 
@@ -161,7 +161,7 @@ def _predict(
         nbytes = sum(tensor.nbytes for header in vision for tensor in header.tensors)
         parts.append(Part(VISION, GPU if on_gpu else ANONYMOUS, nbytes, estimated=True))
     if tower is not None:
-        parts.append(Part(PYTHON, ANONYMOUS, PYTHON_BYTES, estimated=True))
+        parts.append(Part(PYTHON, ANONYMOUS, LEFT_BYTES, estimated=True))
     program = sum(p.nbytes for p in parts if p.name in (PROGRAM, LIBRARIES, PYTHON))
     loading = program + weights.allocated + weights.repacked + (model.file_bytes if settings.mmap else 0)
     exact = is_exact(hparams.architecture) and not on_gpu

@@ -18,6 +18,9 @@ from mopeq_edge.vision.description import KEY, read_description
 PYTHON_BYTES = 137_000_000
 """Python, onnxruntime and what it is run with; measured (docs/vision.md)."""
 
+LEFT_BYTES = 205_000_000
+"""The same when a tower is gone, with what was allocated for it and is not given back; measured."""
+
 ARENA: Mapping[str, float] = {"F16": 2.75, "INT8": 2.75, "F32": 4.05}
 """What onnxruntime's arena takes, over what is alive at once. Measured; with F32 all shapes are known, and it keeps a
 second plan of them."""

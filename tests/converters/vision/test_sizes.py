@@ -68,5 +68,5 @@ def test_files_that_are_not_whole(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="is no ONNX file"):
         tower_of_file(path)
     onnx.save(helper.make_model(helper.make_graph([], "g", [], [])), path)
-    with pytest.raises(FormatError, match="has no 'mopeq.vision' in its metadata"):
+    with pytest.raises(FormatError, match=r"has no 'mopeq\.vision' in its metadata"):
         tower_of_file(path)
