@@ -87,7 +87,7 @@ def see_pictures(context: Context, eyes: Eyes, n_ctx: int) -> list[Window]:
     keys = (digest(["picture 1", made_from, file_digest(picture.path)]) for picture in eyes.pictures)
     kept = [folder / f"{key}.safetensors" for key in keys]
     graph = folder / f"eyes{ENDING}"
-    with context.progress.step("calibrate: pictures", len(kept)) as step:
+    with context.progress.step("calibrate: pictures", len(kept), "pictures") as step:
         if not all(path.is_file() for path in kept):
             _write_graph(context, eyes, graph, made_from)
             _see(context, eyes, graph, kept, step)

@@ -69,7 +69,7 @@ def forward(
     found = new_tallies()
     for number, window in enumerate(windows):
         states.put(0, number, embedded(model, window))
-    with progress.step("calibrate: forward", model.n_layer * len(windows)) as step:
+    with progress.step("calibrate: forward", model.n_layer * len(windows), "windows") as step:
         for layer in range(model.n_layer):
             slots = (layer, layer + 1) if keep else (0, 0)
             positions = _positions(model, windows, layer)
@@ -117,7 +117,7 @@ def output_sums(
     name = model.output_name
     matrix = model.output_matrix()
     found = new_tallies()
-    with progress.step("calibrate: output", len(windows)) as step, model.final_norm() as norm:
+    with progress.step("calibrate: output", len(windows), "windows") as step, model.final_norm() as norm:
 
         def run(number: int) -> Recorder | KindsRecorder:
             window = windows[number]
@@ -155,7 +155,7 @@ def backward(
     """
     found = new_tallies()
     top = model.n_layer
-    with progress.step("calibrate: backward", model.n_layer * len(windows)) as step:
+    with progress.step("calibrate: backward", model.n_layer * len(windows), "windows") as step:
         for layer in reversed(range(model.n_layer)):
             positions = _positions(model, windows, layer)
             with model.block(layer) as block:

@@ -19,7 +19,7 @@ from mopeq_edge.expert_groups.read import is_part
 from mopeq_edge.gguf_file import GGUFHeader
 from mopeq_edge.output_kvs import PLAN_KEY
 from mopeq_edge.plan.artifact import Plan
-from mopeq_edge.progress import Progress
+from mopeq_edge.progress import BYTES, Progress
 from mopeq_edge.source.roles import Role, role_of
 from mopeq_edge.split import read_parts
 from mopeq_edge.summary import summarise
@@ -156,7 +156,7 @@ def _measured(path: Path, plan_sha256: str, file_bytes: int) -> Measured | None:
 
 def _sha256(path: Path, file_bytes: int, progress: Progress) -> str:
     hasher = hashlib.sha256()
-    with path.open("rb") as file, progress.step(f"SHA-256 of {path.name}", file_bytes) as step:
+    with path.open("rb") as file, progress.step(f"hashing {path.name}", file_bytes, BYTES) as step:
         while chunk := file.read(1 << 22):
             hasher.update(chunk)
             step.advance(len(chunk))
