@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from converters.vision.families import Family
 from converters.vision.weights import F32, Tensors, Weights
 from mopeq_edge.errors import FormatError, OutputError, SourceError
 from mopeq_edge.vision.description import KEY, Description, read_description
-from mopeq_edge.vision.session import VisionSession, check_weights, weights_file
+from mopeq_edge.vision.session import STAMP, VisionSession, check_weights, weights_file
+
+ERROR_DIGITS = 24
+"""No number that is not negative has more as JSON."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,46 @@ def write_vision(
     return VisionFile(out, written.description, written.file_bytes)
 
 
+def planned_graph(
+    checkpoint: Tensors, family: Family, directory: Path, config: Mapping[str, Any], name: str, kind: str
+) -> tuple[onnx.ModelProto, int]:
+    """The graph that :func:`write_vision` will write as ``name``, of zeros, and the bytes of its weights.
+
+    From shapes alone; serialized, it has the bytes of the one to come.
+    """
+    tower = family.read(directory, config, checkpoint)
+    graph, beside = Graph(family.name), _Counter()
+    family.build(tower, Weights(graph, _Shapes(checkpoint), beside, weights_file(Path(name)).name, kind))
+    described = _description(tower, kind, "0" * STAMP, 0.0, beside.size + STAMP)
+    return _with_description(graph.unchecked_model(), described), beside.size + STAMP
+
+
+class _Shapes:
+    """A checkpoint of zeros."""
+
+    def __init__(self, checkpoint: Tensors) -> None:
+        self.shapes = checkpoint.shapes
+
+    def read_f32(self, name: str, index: int | None = None) -> Floats:
+        """Zeros of the tensor's shape."""
+        return np.zeros(self.shapes[name] if index is None else self.shapes[name][1:], dtype=np.float32)
+
+
+class _Counter(BytesIO):
+    """A file that keeps nothing but its size."""
+
+    size = 0
+
+    def write(self, data: Any) -> int:
+        """Count ``data``."""
+        self.size += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        """Bytes so far."""
+        return self.size
+
+
 def read_vision(path: Path) -> VisionFile:
     """What is at ``path``, without its weights. Raises :class:`FormatError` for what is damaged or not whole."""
     try:
@@ -104,23 +148,34 @@ def _write(
 def _describe(path: Path, tower: Any, kind: str, made_from: str, error: float) -> VisionFile:
     """Put the description into the graph at ``path``."""
     size = weights_file(path).stat().st_size
-    described = Description(
+    described = _description(tower, kind, made_from, error, size)
+    content = _with_description(onnx.load(path, load_external_data=False), described)
+    with path.open("wb") as file:
+        file.write(content.SerializeToString(deterministic=True))
+        file.flush()
+        os.fsync(file.fileno())
+    return VisionFile(path, described, path.stat().st_size + size)
+
+
+def _description(tower: Any, kind: str, made_from: str, error: float, weights_bytes: int) -> Description:
+    return Description(
         kind=tower.kind,
         n_embd=tower.n_embd,
         layout=tower.layout,
         prompt=tower.prompt,
         weights_type=kind,
-        weights_bytes=size,
+        weights_bytes=weights_bytes,
         relative_error=error,
         made_from=made_from,
     )
-    model = onnx.load(path, load_external_data=False)
-    onnx.helper.set_model_props(model, {KEY: described.text()})
-    with path.open("wb") as file:
-        file.write(model.SerializeToString(deterministic=True))
-        file.flush()
-        os.fsync(file.fileno())
-    return VisionFile(path, described, path.stat().st_size + size)
+
+
+def _with_description(model: onnx.ModelProto, described: Description) -> onnx.ModelProto:
+    """``model`` that says what it is. Blanks make up for the digits of the error: the file's size is known before."""
+    text = described.text()
+    blanks = " " * (ERROR_DIGITS - len(repr(described.relative_error)))
+    onnx.helper.set_model_props(model, {KEY: text + blanks})
+    return model
 
 
 def _embed(path: Path, threads: int) -> Floats:

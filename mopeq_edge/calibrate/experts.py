@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mopeq_edge.calibrate.statistics import Doubles, Sums
+from mopeq_edge.calibrate.statistics import TEXT, Doubles, Sums
 
 
 class Watch(Protocol):
@@ -20,11 +20,24 @@ class Watch(Protocol):
     def route(self, index: Tensor, weights: Tensor, n_expert: int) -> tuple[Tensor, Tensor]:
         """The router chose ``index`` with gate ``weights`` [n_tokens, k]; returns what shall be used."""
 
-    def saw_input(self, name: str, x: Tensor, matrix: int = 0, n_matrices: int = 1) -> None:
-        """``x`` [n_tokens, n_in] goes into one matrix of the GGUF tensor ``name``."""
+    def saw_input(
+        self, name: str, x: Tensor, matrix: int = 0, n_matrices: int = 1, *, tokens: Tensor | None = None
+    ) -> None:
+        """``x`` [n_tokens, n_in] goes into one matrix of the GGUF tensor ``name``.
+
+        ``tokens`` says which of the window's tokens the rows are; all of them without.
+        """
 
     def watch_output(
-        self, name: str, x: Tensor, y: Tensor, matrix: int = 0, n_matrices: int = 1, *, transposed: bool = False
+        self,
+        name: str,
+        x: Tensor,
+        y: Tensor,
+        matrix: int = 0,
+        n_matrices: int = 1,
+        *,
+        transposed: bool = False,
+        tokens: Tensor | None = None,
     ) -> None:
         """``x`` made ``y`` [n_tokens, n_out], which a gradient may reach later; ``transposed``: by the transpose."""
 
@@ -37,6 +50,10 @@ class Recorder:
     gradient: Sums = field(default_factory=Sums)
     gate_weights: Doubles | None = None
 
+    def by_kind(self) -> Mapping[str, Recorder]:
+        """What was counted of each kind of tokens: all are text."""
+        return {TEXT: self}
+
     def route(self, index: Tensor, weights: Tensor, n_expert: int) -> tuple[Tensor, Tensor]:
         """Sum the gate weights of each expert; the router's choice stands."""
         sums = torch.zeros(n_expert, dtype=torch.float64)
@@ -44,14 +61,24 @@ class Recorder:
         self.gate_weights = np.asarray(sums.numpy())
         return index, weights
 
-    def saw_input(self, name: str, x: Tensor, matrix: int = 0, n_matrices: int = 1) -> None:
+    def saw_input(
+        self, name: str, x: Tensor, matrix: int = 0, n_matrices: int = 1, *, tokens: Tensor | None = None
+    ) -> None:
         """``x`` [n_tokens, n_in] goes into one matrix of the GGUF tensor ``name``."""
         # float32 until a window is summed: torch adds in a tree
         squares = x.detach().square().sum(dim=0).to(torch.float64).numpy()
         self.activation.add(name, n_matrices, matrix, squares, x.shape[0])
 
     def watch_output(
-        self, name: str, x: Tensor, y: Tensor, matrix: int = 0, n_matrices: int = 1, *, transposed: bool = False
+        self,
+        name: str,
+        x: Tensor,
+        y: Tensor,
+        matrix: int = 0,
+        n_matrices: int = 1,
+        *,
+        transposed: bool = False,
+        tokens: Tensor | None = None,
     ) -> None:
         """When the gradient g [n_tokens, n_out] reaches ``y``, add sum_t |g_t|^2 x_tj^2.
 
@@ -68,7 +95,9 @@ class Recorder:
 
         y.register_hook(saw)  # type: ignore[no-untyped-call]
 
-    def saw_gradient(self, name: str, x: Tensor, g: Tensor, matrix: int = 0, n_matrices: int = 1) -> None:
+    def saw_gradient(
+        self, name: str, x: Tensor, g: Tensor, matrix: int = 0, n_matrices: int = 1, *, tokens: Tensor | None = None
+    ) -> None:
         """``x`` [n_tokens, n_in] made an output that got the gradient ``g``, n_out numbers a token."""
         weights = g.reshape(len(x), -1).square().sum(dim=1)
         # gradients are tiny, and float32 has no products of tiny numbers
@@ -148,8 +177,8 @@ class RoutedExperts(nn.Module):
             if recorder is not None:
                 for projection, into, out in (("gate", x, gate), ("up", x, up), ("down", inner, down)):
                     name = f"blk.{w.layer}.ffn_{projection}_exps.weight"
-                    recorder.saw_input(name, into, expert, n_expert)
-                    recorder.watch_output(name, into, out, expert, n_expert)
+                    recorder.saw_input(name, into, expert, n_expert, tokens=token)
+                    recorder.watch_output(name, into, out, expert, n_expert, tokens=token)
             output.index_add_(0, token, self._biased("down", down, expert) * share)
         return output
 

@@ -9,12 +9,16 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from mopeq_edge.errors import FormatError
+from mopeq_edge.split import whole_name
 
 KEY, FORMAT, VERSION = "mopeq.vision", "mopeq-edge vision", 1
 ENDING = ".vision.onnx"
+WEIGHTS_ENDING = ".data"
+"""Of the name of the file with the weights, behind that of the graph."""
 TILES, CROPS = "tiles", "crops"
 TYPES = ("F32", "F16", "INT8")
 
@@ -88,6 +92,11 @@ class Description:
     def text(self) -> str:
         """As JSON; the same description gives the same text."""
         return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, sort_keys=True)
+
+
+def vision_beside(gguf: Path) -> Path:
+    """Where ``convert`` puts the vision file of ``gguf``; of a split one the name before it was split."""
+    return gguf.with_name(whole_name(gguf).removesuffix(".gguf") + ENDING)
 
 
 def read_description(text: str | None, where: str) -> Description:

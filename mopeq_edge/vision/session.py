@@ -11,11 +11,10 @@ import numpy.typing as npt
 import onnxruntime
 
 from mopeq_edge.errors import FormatError
-from mopeq_edge.vision.description import KEY, Description, read_description
+from mopeq_edge.vision.description import KEY, WEIGHTS_ENDING, Description, read_description
 
 Floats = npt.NDArray[np.float32]
 
-WEIGHTS_ENDING = ".data"
 STAMP = 64
 """Bytes at the end of the file with the weights that say what it was made from."""
 
