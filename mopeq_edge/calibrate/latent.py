@@ -51,8 +51,8 @@ class LatentWatch:
         recorder = self.tap.recorder
         if recorder is None:
             return None
-        self._local.latent = args[0].detach()
         latent = args[0].reshape(-1, args[0].shape[-1])
+        self._local.latent = latent.detach()
         if not output.requires_grad:
             return None
         n_head = self.keys.n_matrices
@@ -70,7 +70,8 @@ class LatentWatch:
             return
         n_head = self.keys.n_matrices
         latent: Tensor = self._local.latent
-        mixed = attention(latent[:, None].expand(-1, n_head, -1, -1))
+        latent = latent.reshape(len(query), 1, -1, latent.shape[-1])
+        mixed = attention(latent.expand(-1, n_head, -1, -1))
         for head in range(n_head):
             keys = query[:, head, :, : self.keys.n_in].reshape(-1, self.keys.n_in)
             recorder.saw_input(self.keys.name, keys, head, n_head)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 # The kernel counts the memory of the process that starts a program too, so a small one does. Anonymous pages are what
-# the program allocated, looked at every hundredth of a second; the peak of all has those of mapped files as well.
+# the program allocated, looked at fifty times a second; the peak of all has those of mapped files as well.
 _STARTER = """
 import os, resource, subprocess, sys, time
 limit = int(sys.argv[1])
@@ -28,7 +28,7 @@ while True:
     with open(f"/proc/{process.pid}/status") as file:
         now = sum(int(line.split()[1]) for line in file if line.startswith(("RssAnon", "RssShmem")))
     anonymous = max(anonymous, now)
-    time.sleep(0.01)
+    time.sleep(0.02)
 seconds = time.perf_counter() - start
 print(status, seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, anonymous / 1024)
 """
