@@ -143,6 +143,23 @@ def gated_by(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor
     return lambda gate, up: activation(gate) * up
 
 
+class _Scratch(threading.local):
+    """Where a thread has the one matrix that it computes with, in the type that it computes in.
+
+    A new array each time would leave a hole in the heap that the graph's small results then fill.
+    """
+
+    buffer: Tensor | None = None
+
+    def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """``weight`` in ``dtype``, until the thread's next call."""
+        if weight.dtype == dtype:
+            return weight
+        if self.buffer is None or self.buffer.dtype != dtype or self.buffer.numel() < weight.numel():
+            self.buffer = torch.empty(weight.numel(), dtype=dtype)
+        return self.buffer[: weight.numel()].view(weight.shape).copy_(weight)
+
+
 class RoutedExperts(nn.Module):
     """Stands in for transformers' packed experts: same call, one expert after the other, recorded.
 
@@ -153,6 +170,7 @@ class RoutedExperts(nn.Module):
     def __init__(self, weights: ExpertWeights, gated: Callable[[Tensor, Tensor], Tensor], tap: Tap) -> None:
         super().__init__()
         self.weights, self.gated, self.tap = weights, gated, tap
+        self._scratch = _Scratch()
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         w, recorder = self.weights, self.tap.recorder
@@ -170,10 +188,10 @@ class RoutedExperts(nn.Module):
         for expert, (token, share, x) in enumerate(zip(torch.split(tokens, counts), shares, inputs, strict=True)):
             if not len(token):
                 continue
-            gate = _linear(x, w.gate[expert])
-            up = _linear(x, w.up[expert])
+            gate = _linear(x, w.gate[expert], self._scratch)
+            up = _linear(x, w.up[expert], self._scratch)
             inner = self.gated(self._biased("gate", gate, expert), self._biased("up", up, expert))
-            down = _linear(inner, w.down[expert])
+            down = _linear(inner, w.down[expert], self._scratch)
             if recorder is not None:
                 for projection, into, out in (("gate", x, gate), ("up", x, up), ("down", inner, down)):
                     name = f"blk.{w.layer}.ffn_{projection}_exps.weight"
@@ -199,17 +217,18 @@ class _Linear(torch.autograd.Function):
     """x W^T with W in any type: the graph keeps W as it is, where torch's own would keep a float32 copy."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scratch: _Scratch) -> Tensor:
         ctx.save_for_backward(weight)
-        return nn.functional.linear(x, weight.to(x.dtype))
+        ctx.scratch = scratch
+        return nn.functional.linear(x, scratch.cast(weight, x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         (g,) = upstream
-        return g @ weight.to(g.dtype), None
+        return g @ ctx.scratch.cast(weight, g.dtype), None, None
 
 
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    y: Tensor = _Linear.apply(x, weight)  # type: ignore[no-untyped-call]
+def _linear(x: Tensor, weight: Tensor, scratch: _Scratch) -> Tensor:
+    y: Tensor = _Linear.apply(x, weight, scratch)  # type: ignore[no-untyped-call]
     return y

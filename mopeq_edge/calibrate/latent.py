@@ -63,7 +63,7 @@ class LatentWatch:
         return cat(pieces, dim=-1)
 
     def attended(self, query: Tensor, attention: Callable[[Tensor], Tensor]) -> None:
-        """``query`` [n_windows, n_head, n_tokens, n]; ``attention(values)`` applies the windows' own to other values."""
+        """``query`` [n_windows, n_head, n_tokens, n]; ``attention(values)`` applies theirs to other values."""
         recorder = self.tap.recorder
         # a window runs again for its gradients, its activations are known by then
         if recorder is None or query.requires_grad:

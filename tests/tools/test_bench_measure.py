@@ -29,11 +29,11 @@ def test_memory_is_that_of_the_program_with_and_without_mapped_files(tmp_path: P
     assert 60 < much.peak_mib - nothing.peak_mib < 70
     assert 46 < nothing.peak_mib - nothing.anonymous_mib < 70
     assert 0.1 < much.seconds < 60
-    assert 0 < much.cpu_seconds
+    assert much.cpu_seconds > 0
 
 
 def test_a_program_that_fails_ends_the_benchmark_with_what_it_said() -> None:
-    with pytest.raises(SystemExit, match="failed with status .*: no such luck"):
+    with pytest.raises(SystemExit, match=r"failed with status .*: no such luck"):
         run([sys.executable, "-c", "import sys; sys.exit('no such luck')"])
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -20,16 +21,17 @@ from tools.bench.checkpoints import write_olmoe_checkpoint
 from tools.bench.measure import Ratio, Run, Spread, markdown, run
 from tools.bench.models import Shape
 
+BLOCK = Shape(n_layer=1, n_expert=64, n_embd=2048, n_ff=1024, n_used=8, n_head=16)
 LAYERS = "1,2,4,8"
 TYPES = "Q3_K,Q6_K"
 """Types that are quickly quantized."""
 
 
-def measure_size(n_layer: int, threads: int) -> tuple[int, dict[str, Run]]:
+def measure_size(shape: Shape, threads: int) -> tuple[int, dict[str, Run]]:
     """(weights, a run of every stage)."""
     with tempfile.TemporaryDirectory() as folder:
         model, work, out = Path(folder) / "model", Path(folder) / "work", Path(folder) / "out.gguf"
-        nbytes = write_olmoe_checkpoint(model, Shape(n_layer, 64, 2048, 1024, 8, 16), VOCABULARY)
+        nbytes = write_olmoe_checkpoint(model, shape, VOCABULARY)
         common = [str(model), "--work-dir", str(work), "--pre", "gpt-2"]
         many = ["--threads", str(threads)]
         stages = {
@@ -43,9 +45,9 @@ def measure_size(n_layer: int, threads: int) -> tuple[int, dict[str, Run]]:
     return nbytes // 2, runs
 
 
-def measure(layers: Sequence[int], threads: int) -> list[Ratio]:
+def measure(layers: Sequence[int], threads: int, block: Shape = BLOCK) -> list[Ratio]:
     """Ratios of every size but the first to the first."""
-    (base, first), *others = (measure_size(n_layer, threads) for n_layer in layers)
+    (base, first), *others = (measure_size(replace(block, n_layer=n), threads) for n in layers)
     found = []
     for weights, runs in others:
         bench = f"{weights / 1e9:.1f} B against {base / 1e9:.1f} B weights"
