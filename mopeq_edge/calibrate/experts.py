@@ -42,31 +42,8 @@ class Watch(Protocol):
         """``x`` made ``y`` [n_tokens, n_out], which a gradient may reach later; ``transposed``: by the transpose."""
 
 
-@dataclass
-class Recorder:
-    """Statistics of one window of text through one block."""
-
-    activation: Sums = field(default_factory=Sums)
-    gradient: Sums = field(default_factory=Sums)
-    gate_weights: Doubles | None = None
-
-    def by_kind(self) -> Mapping[str, Recorder]:
-        """What was counted of each kind of tokens: all are text."""
-        return {TEXT: self}
-
-    def route(self, index: Tensor, weights: Tensor, n_expert: int) -> tuple[Tensor, Tensor]:
-        """Sum the gate weights of each expert; the router's choice stands."""
-        sums = torch.zeros(n_expert, dtype=torch.float64)
-        sums.index_add_(0, index.reshape(-1), weights.detach().reshape(-1).to(torch.float64))
-        self.gate_weights = np.asarray(sums.numpy())
-        return index, weights
-
-    def saw_input(
-        self, name: str, x: Tensor, matrix: int = 0, n_matrices: int = 1, *, tokens: Tensor | None = None
-    ) -> None:
-        """``x`` [n_tokens, n_in] goes into one matrix of the GGUF tensor ``name``."""
-        squares = x.detach().square().sum(dim=0, dtype=torch.float64).numpy()
-        self.activation.add(name, n_matrices, matrix, squares, x.shape[0])
+class HookedOutputs:
+    """Waits for gradients by hooks on outputs."""
 
     def watch_output(
         self,
@@ -90,9 +67,42 @@ class Recorder:
 
         def saw(g: Tensor) -> None:
             g = g.reshape(len(x), -1)
-            self.saw_gradient(name, *((g, x) if transposed else (x, g)), matrix, n_matrices)
+            self.saw_gradient(name, *((g, x) if transposed else (x, g)), matrix, n_matrices, tokens=tokens)
 
         y.register_hook(saw)  # type: ignore[no-untyped-call]
+
+    def saw_gradient(
+        self, name: str, x: Tensor, g: Tensor, matrix: int = 0, n_matrices: int = 1, *, tokens: Tensor | None = None
+    ) -> None:
+        """``x`` [n_tokens, n_in] made an output that got the gradient ``g``, n_out numbers a token."""
+        raise NotImplementedError
+
+
+@dataclass
+class Recorder(HookedOutputs):
+    """Statistics of one window of text through one block."""
+
+    activation: Sums = field(default_factory=Sums)
+    gradient: Sums = field(default_factory=Sums)
+    gate_weights: Doubles | None = None
+
+    def by_kind(self) -> Mapping[str, Recorder]:
+        """What was counted of each kind of tokens: all are text."""
+        return {TEXT: self}
+
+    def route(self, index: Tensor, weights: Tensor, n_expert: int) -> tuple[Tensor, Tensor]:
+        """Sum the gate weights of each expert; the router's choice stands."""
+        sums = torch.zeros(n_expert, dtype=torch.float64)
+        sums.index_add_(0, index.reshape(-1), weights.detach().reshape(-1).to(torch.float64))
+        self.gate_weights = np.asarray(sums.numpy())
+        return index, weights
+
+    def saw_input(
+        self, name: str, x: Tensor, matrix: int = 0, n_matrices: int = 1, *, tokens: Tensor | None = None
+    ) -> None:
+        """``x`` [n_tokens, n_in] goes into one matrix of the GGUF tensor ``name``."""
+        squares = x.detach().square().sum(dim=0, dtype=torch.float64).numpy()
+        self.activation.add(name, n_matrices, matrix, squares, x.shape[0])
 
     def saw_gradient(
         self, name: str, x: Tensor, g: Tensor, matrix: int = 0, n_matrices: int = 1, *, tokens: Tensor | None = None
