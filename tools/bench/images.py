@@ -2,7 +2,7 @@
 
 ``python -m tools.bench.images`` calibrates each on the bundled text with and without 8 pictures (CPU time of every
 step), plans from text alone, from pictures alone and from both by halves, and prices each plan by the statistics of
-text and of pictures: the ratio to the plan that was made for them.
+text and of pictures, in nats per token.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mopeq_edge.pipeline import open_context, plan_only, run_sensitivity
 from mopeq_edge.pipeline_calibrate import CalibrationRequest, load_routing_by_kind, run_calibrate
 from mopeq_edge.pipeline_context import Context
 from mopeq_edge.pipeline_pictures import PicturesRequest
-from mopeq_edge.plan.artifact import PER_EXPERT, Plan
+from mopeq_edge.plan.artifact import PER_EXPERT, Plan, PlannedTensor
 from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.candidates import parse_types
 from mopeq_edge.plan.options import PlanOptions
@@ -77,6 +77,24 @@ def priced(plan: Plan, table: SensitivityTable) -> float:
     return total
 
 
+def unlike(plan: Plan, other: Plan) -> int:
+    """Matrices of experts that have another type."""
+    found = 0
+    for mine, theirs in zip(plan.tensors, other.tensors, strict=True):
+        if mine.role == "expert":
+            found += sum(a != b for a, b in zip(types_of(mine), types_of(theirs), strict=True))
+    return found
+
+
+def types_of(tensor: PlannedTensor) -> list[str]:
+    """Of every expert of a stack."""
+    kind = tensor.written_as()
+    if not isinstance(kind, tuple):
+        return [kind.name] * tensor.shape[2]
+    by_expert = {expert: group.type.name for group in kind for expert in group.experts}
+    return [by_expert[expert] for expert in sorted(by_expert)]
+
+
 def measure(context: Context, clock: Clock, pictures: Path) -> dict[str, Any]:
     """Everything of one model."""
     text = (EXAMPLE / "calibration.txt").read_text(encoding="utf-8")
@@ -101,10 +119,10 @@ def measure(context: Context, clock: Clock, pictures: Path) -> dict[str, Any]:
         "tokens": said["tokens"],
         "experts_alone": said["experts_alone"],
         "routing_distance": said["routing_distance"],
-        "damage_over_own_plan": {
-            by: {name: priced(plan, tables[by]) / priced(plans[by], tables[by]) for name, plan in plans.items()}
-            for by in ("text", "pictures")
+        "damage_nats": {
+            by: {name: priced(plan, tables[by]) for name, plan in plans.items()} for by in ("text", "pictures")
         },
+        "expert_matrices_unlike_text": {name: unlike(plan, plans["text"]) for name, plan in plans.items()},
     }
 
 
