@@ -42,8 +42,44 @@ class Watch(Protocol):
         """``x`` made ``y`` [n_tokens, n_out], which a gradient may reach later; ``transposed``: by the transpose."""
 
 
+class HookedOutputs:
+    """Waits for gradients by hooks on outputs."""
+
+    def watch_output(
+        self,
+        name: str,
+        x: Tensor,
+        y: Tensor,
+        matrix: int = 0,
+        n_matrices: int = 1,
+        *,
+        transposed: bool = False,
+        tokens: Tensor | None = None,
+    ) -> None:
+        """When the gradient g [n_tokens, n_out] reaches ``y``, add sum_t |g_t|^2 x_tj^2.
+
+        A gradient of the weight is g_t x_t^T; where the GGUF has the transpose, its columns are those of g, so the two
+        change places: sum_t |x_t|^2 g_tj^2.
+        """
+        if not y.requires_grad:
+            return
+        x = x.detach()
+
+        def saw(g: Tensor) -> None:
+            g = g.reshape(len(x), -1)
+            self.saw_gradient(name, *((g, x) if transposed else (x, g)), matrix, n_matrices, tokens=tokens)
+
+        y.register_hook(saw)  # type: ignore[no-untyped-call]
+
+    def saw_gradient(
+        self, name: str, x: Tensor, g: Tensor, matrix: int = 0, n_matrices: int = 1, *, tokens: Tensor | None = None
+    ) -> None:
+        """``x`` [n_tokens, n_in] made an output that got the gradient ``g``, n_out numbers a token."""
+        raise NotImplementedError
+
+
 @dataclass
-class Recorder:
+class Recorder(HookedOutputs):
     """Statistics of one window of text through one block."""
 
     activation: Sums = field(default_factory=Sums)
@@ -68,32 +104,6 @@ class Recorder:
         # float32 until a window is summed: torch adds in a tree
         squares = x.detach().square().sum(dim=0).to(torch.float64).numpy()
         self.activation.add(name, n_matrices, matrix, squares, x.shape[0])
-
-    def watch_output(
-        self,
-        name: str,
-        x: Tensor,
-        y: Tensor,
-        matrix: int = 0,
-        n_matrices: int = 1,
-        *,
-        transposed: bool = False,
-        tokens: Tensor | None = None,
-    ) -> None:
-        """When the gradient g [n_tokens, n_out] reaches ``y``, add sum_t |g_t|^2 x_tj^2.
-
-        A gradient of the weight is g_t x_t^T; where the GGUF has the transpose, its columns are those of g, so the two
-        change places: sum_t |x_t|^2 g_tj^2.
-        """
-        if not y.requires_grad:
-            return
-        x = x.detach()
-
-        def saw(g: Tensor) -> None:
-            g = g.reshape(len(x), -1)
-            self.saw_gradient(name, *((g, x) if transposed else (x, g)), matrix, n_matrices)
-
-        y.register_hook(saw)  # type: ignore[no-untyped-call]
 
     def saw_gradient(
         self, name: str, x: Tensor, g: Tensor, matrix: int = 0, n_matrices: int = 1, *, tokens: Tensor | None = None

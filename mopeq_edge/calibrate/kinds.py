@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mopeq_edge.calibrate.experts import Recorder
+from mopeq_edge.calibrate.experts import HookedOutputs, Recorder
 from mopeq_edge.calibrate.statistics import TEXT, VISION
 from mopeq_edge.calibrate.windows import Window
 
 
 @dataclass
-class KindsRecorder:
+class KindsRecorder(HookedOutputs):
     """Statistics of one window with pictures through one block; ``seen`` [n_tokens] says which are of pictures."""
 
     seen: Tensor
@@ -37,28 +37,6 @@ class KindsRecorder:
         """As :meth:`Recorder.saw_input`."""
         for own, rows in self._each(tokens):
             own.saw_input(name, x[rows], matrix, n_matrices)
-
-    def watch_output(
-        self,
-        name: str,
-        x: Tensor,
-        y: Tensor,
-        matrix: int = 0,
-        n_matrices: int = 1,
-        *,
-        transposed: bool = False,
-        tokens: Tensor | None = None,
-    ) -> None:
-        """As :meth:`Recorder.watch_output`."""
-        if not y.requires_grad:
-            return
-        x = x.detach()
-
-        def saw(g: Tensor) -> None:
-            g = g.reshape(len(x), -1)
-            self.saw_gradient(name, *((g, x) if transposed else (x, g)), matrix, n_matrices, tokens=tokens)
-
-        y.register_hook(saw)  # type: ignore[no-untyped-call]
 
     def saw_gradient(
         self, name: str, x: Tensor, g: Tensor, matrix: int = 0, n_matrices: int = 1, *, tokens: Tensor | None = None
