@@ -66,7 +66,7 @@ def test_stages_on_a_cluster(cluster: Any, planned: Path, tiny_model: Path, tmp_
     headers = [read_header(tmp_path / name) for name in ("local.gguf", "ray.gguf")]
     assert files[0][headers[0].data_start :] == files[1][headers[1].data_start :]
     differ = {key for key in headers[0].kvs if headers[0].kvs[key] != headers[1].kvs[key]}
-    assert differ == {"mopeq.source_sha256", "mopeq.header_hash"}
+    assert differ == {"mopeq.source.sha256", "mopeq.header_hash"}
 
 
 def test_ctrl_c_ends_it(cluster: Any, planned: Path, tiny_model: Path, tmp_path: Path) -> None:
