@@ -10,8 +10,8 @@ same state, it is
 - sent SIGINT at ``--interrupts`` times: how long it then takes to end is measured.
 
 After each: files under final names are the old or the new ones, whole, and those that belong together are of one kind;
-no input has changed; the same command, run again, gives every byte of the undisturbed run and leaves nothing else (times
-in study.csv aside).
+no input has changed; the same command, run again, gives every byte of the undisturbed run and leaves nothing else
+(times in study.csv aside).
 """
 
 from __future__ import annotations
@@ -317,7 +317,6 @@ class Trial:
         found = state(self.run_folder)
         odd = [n for n in found if n in self.final and found[n] not in (self.before.get(n), self.final[n])]
         return [name for name in odd if not _whole(self.run_folder / name)]
-
 
     def _mixed(self) -> list[str]:
         found, names = state(self.run_folder), self.stage.together
