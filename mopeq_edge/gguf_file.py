@@ -93,7 +93,7 @@ class KV:
             return NotImplemented
         return (self.type, self.sub_type) == (other.type, other.sub_type) and bool(self.value == other.value)
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
 
 class StoredArray(KV):

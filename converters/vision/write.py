@@ -16,9 +16,12 @@ from converters.onnx_graph import Array, Floats, Graph
 from converters.vision.families import Family
 from converters.vision.weights import F32, Tensors, Weights
 from mopeq_edge.atomic import scratch_directory
-from mopeq_edge.errors import FormatError, SourceError
-from mopeq_edge.vision.description import KEY, Description, read_description
-from mopeq_edge.vision.session import VisionSession, check_weights, weights_file
+from mopeq_edge.errors import SourceError
+from mopeq_edge.vision.description import KEY, Description, read_description, weights_file
+from mopeq_edge.vision.graph_file import read_graph
+from mopeq_edge.vision.hashes import KEY as HASHES_KEY
+from mopeq_edge.vision.hashes import sealed, tensor_hashes, unsealed
+from mopeq_edge.vision.session import VisionSession, check_weights
 
 
 @dataclass(frozen=True)
@@ -68,15 +71,10 @@ def write_vision(
 
 def read_vision(path: Path) -> VisionFile:
     """What is at ``path``, without its weights. Raises :class:`FormatError` for what is damaged or not whole."""
-    try:
-        model = onnx.load(path, load_external_data=False)
-    # protobuf's errors have no base that onnx would promise
-    except Exception as error:
-        raise FormatError(f"{path}: is no ONNX file ({' '.join(str(error).split())[:80]}); write it again") from None
-    said = {entry.key: entry.value for entry in model.metadata_props}
-    described = read_description(said.get(KEY), str(path))
+    graph = read_graph(path)
+    described = read_description(graph.metadata.get(KEY), str(path))
     check_weights(path, described)
-    return VisionFile(path, described, path.stat().st_size + described.weights_bytes)
+    return VisionFile(path, described, len(graph.raw) + described.weights_bytes)
 
 
 def _write(
@@ -103,8 +101,9 @@ def _write(
 
 
 def _describe(path: Path, tower: Any, kind: str, made_from: str, error: float) -> VisionFile:
-    """Put the description into the graph at ``path``."""
-    size = weights_file(path).stat().st_size
+    """Put the description, and hashes of everything, into the graph at ``path``."""
+    beside = weights_file(path)
+    size = beside.stat().st_size
     described = Description(
         kind=tower.kind,
         n_embd=tower.n_embd,
@@ -115,10 +114,11 @@ def _describe(path: Path, tower: Any, kind: str, made_from: str, error: float) -
         relative_error=error,
         made_from=made_from,
     )
-    model = onnx.load(path, load_external_data=False)
-    onnx.helper.set_model_props(model, {KEY: described.text()})
+    graph = read_graph(path)
+    hashes = unsealed(tensor_hashes(beside, graph.stored))
+    onnx.helper.set_model_props(graph.model, {KEY: described.text(), HASHES_KEY: hashes})
     with path.open("wb") as file:
-        file.write(model.SerializeToString(deterministic=True))
+        file.write(sealed(graph.model.SerializeToString(deterministic=True)))
         file.flush()
         os.fsync(file.fileno())
     return VisionFile(path, described, path.stat().st_size + size)
