@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import argparse
 import csv
+import faulthandler
 import hashlib
 import importlib
 import io
 import json
 import os
 import random
+import select
 import shutil
 import signal
 import sys
@@ -39,6 +41,8 @@ from tools.crash_points import FULL, KILL, TORN, Points, counted, in_child
 UNCOMPARED = ("hashes.json",)
 """Hashes of the source's files with their times: a cache, which a killed run may or may not have written."""
 GB = "0.00085"
+LONGEST_SECONDS = 120
+"""A run that takes longer does not end."""
 SPLIT = ("--split-max-size", "600K")
 TRACE = ("--trace", "--probes", "2", "--trace-chunks", "1")
 
@@ -177,6 +181,7 @@ class Server:
         try:
             for source, number in ((os.devnull, 1), (str(self._log), 2)):
                 os.dup2(os.open(source, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            faulthandler.enable()
             sys.argv = ["mopeq-edge", *command]
             code = self._main(points)
             if report >= 0 and points is not None:
@@ -202,8 +207,17 @@ class Server:
 
     def run(self, command: Sequence[str], points: Points | None = None) -> tuple[int, str]:
         """(exit code, stderr)"""
-        code = os.waitstatus_to_exitcode(os.waitpid(self.start(command, points), 0)[1])
-        return code, self.said()
+        return self.end_of(self.start(command, points)), self.said()
+
+    def end_of(self, child: int) -> int:
+        """The exit code of ``child``; one that does not end says where it is, and is aborted."""
+        handle = os.pidfd_open(child)
+        try:
+            if not select.select([handle], [], [], LONGEST_SECONDS)[0]:
+                os.kill(child, signal.SIGABRT)
+        finally:
+            os.close(handle)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     def count(self, command: Sequence[str], root: Path) -> tuple[int, int, list[str]]:
         """(exit code, points, modules) of an undisturbed run."""
@@ -212,7 +226,7 @@ class Server:
         os.close(write)
         with os.fdopen(read) as file:
             points, modules = json.loads(file.read() or "[0, []]")
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), points, modules
+        return self.end_of(child), points, modules
 
     def said(self) -> str:
         """stderr of the last run."""
@@ -279,7 +293,7 @@ class Trial:
         time.sleep(after)
         sent = time.monotonic()
         os.kill(child, number)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        code = self.server.end_of(child)
         took = time.monotonic() - sent
         if number == signal.SIGINT:
             self.result.slowest_interrupt = max(self.result.slowest_interrupt, round(took, 2))

@@ -1,8 +1,8 @@
 """Hashes that a vision file carries of itself and of its weights, so that any later reader can tell what changed.
 
 The metadata of the ONNX file have them under :data:`KEY`, as JSON: ``graph`` is BLAKE2b of 128 bits, in hex, over the
-ONNX file with 32 zeros in its own place, ``tensors`` the same over the data of each tensor in the file beside. What lies
-between the tensors there is zeros, and behind them is what the description says (``made_from``).
+ONNX file with 32 zeros in its own place, ``tensors`` the same over the data of each tensor in the file beside. What
+lies between the tensors there is zeros, and behind them is what the description says (``made_from``).
 """
 
 from __future__ import annotations
