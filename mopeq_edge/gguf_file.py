@@ -93,7 +93,7 @@ class KV:
             return NotImplemented
         return (self.type, self.sub_type) == (other.type, other.sub_type) and bool(self.value == other.value)
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
 
 class StoredArray(KV):
@@ -109,7 +109,7 @@ class StoredArray(KV):
     """The elements, one after the other; each string behind its length."""
 
     @cached_property
-    def value(self) -> list[Any]:  # type: ignore[override]
+    def value(self) -> list[Any]:
         """The elements."""
         assert self.sub_type is not None
         if self.sub_type is not ValueType.STRING:

@@ -174,7 +174,7 @@ def read_description(text: str | None, where: str) -> Description:
         prompt=Prompt(*(prompt.get(name, _is_text) for name in ("before", "after", "mark", "own"))),
         weights_type=read.get("weights_type", lambda x: x in TYPES),
         weights_bytes=read.get("weights_bytes", lambda x: is_count(x) and x >= STAMP),
-        relative_error=read.get("relative_error", lambda x: is_number(x) and x >= 0),
+        relative_error=read.get("relative_error", lambda x: is_number(x) and 0 <= x <= 1e9),
         made_from=read.get("made_from", lambda x: isinstance(x, str) and len(x) == STAMP and set(x) <= _HEX),
     )
 

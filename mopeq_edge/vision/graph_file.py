@@ -7,6 +7,7 @@ limited; its weights lie in the file beside it and nowhere else.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def read_graph(path: Path) -> GraphFile:
     except Exception:
         raise FormatError(f"{path}: is no ONNX file; copy it again, or convert the checkpoint again") from None
     try:
-        metadata = {entry.key: entry.value for entry in model.metadata_props}
+        metadata = _texts(model.metadata_props)
         if len(metadata) != len(model.metadata_props):
             raise ValueError("its metadata have a key twice")
         _check_operators(model)
@@ -114,7 +115,7 @@ def _stored(model: ModelProto, path: Path) -> tuple[StoredTensor, ...]:
             if tensor.external_data:
                 raise ValueError(f"tensor {shown(tensor.name)} is in the file and out of it")
             continue
-        place = {entry.key: entry.value for entry in tensor.external_data}
+        place = _texts(tensor.external_data)
         if place.keys() != {"location", "offset", "length"} or place["location"] != beside.name:
             raise ValueError(
                 f"tensor {shown(tensor.name)} lies in {shown(place.get('location'))}, not in {shown(beside.name)}"
@@ -124,7 +125,7 @@ def _stored(model: ModelProto, path: Path) -> tuple[StoredTensor, ...]:
             raise ValueError(f"tensor {shown(tensor.name)} has {nbytes} bytes, which its shape and type do not make")
         if size and offset + nbytes > size:
             raise ValueError(f"tensor {shown(tensor.name)} ends at byte {offset + nbytes} of {size} of {beside.name}")
-        found.append(StoredTensor(tensor.name, offset, nbytes))
+        found.append(StoredTensor(_text(tensor.name), offset, nbytes))
     found.sort(key=lambda tensor: tensor.offset)
     end = 0
     for tensor in found:
@@ -132,6 +133,17 @@ def _stored(model: ModelProto, path: Path) -> tuple[StoredTensor, ...]:
             raise ValueError(f"tensor {shown(tensor.name)} lies over another")
         end = tensor.offset + tensor.nbytes
     return tuple(found)
+
+
+def _text(value: str | bytes) -> str:
+    """protobuf gives bytes for a text that is no UTF-8."""
+    if not isinstance(value, str):
+        raise ValueError(f"has the text {shown(value)}, which is no UTF-8")
+    return value
+
+
+def _texts(entries: Iterable[onnx.StringStringEntryProto]) -> dict[str, str]:
+    return {_text(entry.key): _text(entry.value) for entry in entries}
 
 
 def _number(text: str) -> int:
@@ -161,4 +173,4 @@ def _elements(value: onnx.ValueInfoProto) -> int | None:
     kind = value.type.tensor_type
     if not kind.HasField("shape") or any(not dim.HasField("dim_value") for dim in kind.shape.dim):
         return None
-    return math.prod(dim.dim_value for dim in kind.shape.dim)
+    return math.prod(int(dim.dim_value) for dim in kind.shape.dim)

@@ -105,7 +105,7 @@ def _is_hash(value: object) -> bool:
     return isinstance(value, str) and len(value) == len(UNKNOWN) and set(value) <= set("0123456789abcdef")
 
 
-_CHECKS: Mapping[str, Check] = {
+_CHECKS: dict[str, Check] = {
     "format": lambda value: value == FORMAT,
     "graph": _is_hash,
     "tensors": lambda value: isinstance(value, dict) and all(map(_is_hash, value.values())),

@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from tempfile import mkdtemp
 
-TARGETS = ("artifacts", "config", "gguf", "imatrix", "index", "plan", "safetensors", "tokenizer", "torch")
+TARGETS = ("artifacts", "config", "gguf", "imatrix", "index", "plan", "safetensors", "tokenizer", "torch", "vision")
 """Names in ``tools.fuzz.targets``, which is imported later: atheris sees only what is imported under its eyes."""
 
 SECONDS_OF_A_CALL = 5
