@@ -1,4 +1,6 @@
-"""Small files of every kind that is fuzzed, made anew on each call: what a fuzzer starts from. 100 kB in all."""
+"""Small files of every kind that is fuzzed, made anew on each call. ``python -m tools.fuzz.seeds`` writes tests/corpus,
+which fuzzers start from.
+"""
 
 from __future__ import annotations
 
@@ -290,6 +292,17 @@ def artifact_seeds() -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
+def main() -> None:
+    """Write the files that tests/corpus has of each target; others there (of what was found) stay."""
+    from tools.fuzz.__main__ import CORPUS, TARGETS
+
+    for target in TARGETS:
+        folder = CORPUS / target
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in seeds_of(target).items():
+            (folder / name).write_bytes(data)
+
+
 def seeds_of(target: str) -> dict[str, bytes]:
     """Files by name for one of the targets."""
     with TemporaryDirectory() as folder:
@@ -323,3 +336,7 @@ def seeds_of(target: str) -> dict[str, bytes]:
     if target == "vision":
         return vision_seeds()
     raise ValueError(target)
+
+
+if __name__ == "__main__":
+    main()
