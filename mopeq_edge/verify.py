@@ -12,7 +12,7 @@ from mopeq_edge.errors import FormatError
 from mopeq_edge.file_hashes import HEADER_KEY, KEYS, TENSORS_KEY, UNKNOWN, hash_of, new_hash
 from mopeq_edge.gguf_file import GGUFHeader, pad
 from mopeq_edge.gguf_layout import encode_kv
-from mopeq_edge.progress import Progress, Step
+from mopeq_edge.progress import BYTES, Progress, Step
 from mopeq_edge.split import read_parts
 from mopeq_edge.vision.description import ENDING, vision_beside, weights_file
 
@@ -66,7 +66,7 @@ def verify(path: Path, progress: Progress) -> Verification:
     if len(without) < len(headers):
         # a part that lost its hashes is damaged, not made by another program
         without = []
-        with progress.step("verify", n_bytes) as step:
+        with progress.step("verify", n_bytes, BYTES) as step:
             for header in headers:
                 damaged += [(str(header.path), what) for what in _damage(header, step)]
     found = Verification(tuple(names), n_tensors, n_bytes, tuple(without), tuple(damaged))
@@ -102,7 +102,7 @@ def _verify_vision(path: Path, progress: Progress) -> Verification:
     n_bytes = len(graph.raw) + beside.stat().st_size
     if said is None:
         return Verification(names, len(graph.stored), n_bytes, (str(path),))
-    with progress.step("verify vision", n_bytes) as step:
+    with progress.step("verify vision", n_bytes, BYTES) as step:
         damaged = tuple((str(file), what) for file, what in damage(graph, said, step))
     return Verification(names, len(graph.stored), n_bytes, (), damaged)
 
