@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,7 @@ def test_all_targets_in_turn_and_what_they_find(tmp_path: Path, capfd: pytest.Ca
     assert list(tmp_path.iterdir()) == []
     # a target that cannot run is no target without findings
     assert run_all(("nothing",), 1, tmp_path, 1, blind=True) == 1
-    assert "| `nothing` | 0 |  |  |  |  | 1 |" in capfd.readouterr().out
+    assert re.search(r"\| `nothing` \| \d+ \|  \|  \|  \|  \| 1 \|", capfd.readouterr().out)
 
 
 def test_a_target_tells_a_bad_error() -> None:

@@ -59,6 +59,9 @@ def _guided(given: argparse.Namespace) -> bool:
     with atheris.instrument_imports(include=["mopeq_edge", "converters"]):
         corpus = _corpus(given.target)
         run = import_module("tools.fuzz.targets").TARGETS[given.target]()
+        # what is imported at the first call takes longer than a call may
+        for path in sorted(corpus.iterdir()):
+            run(path.read_bytes())
     mutate = import_module("tools.fuzz.mutate").mutate
 
     def change(data: bytes, most: int, seed: int) -> bytes:
