@@ -11,7 +11,7 @@
   const types = {};
   for (const name of names) types[name] = data.projections[name].types.map((row) => [...row].map((c) => codeOf.get(c)));
   const totals = data.tokens && data.tokens.map((row) => row.reduce((sum, n) => sum + n, 0));
-  const board = byId("board"), panels = byId("panels"), home = byId("ring-home");
+  const board = byId("board"), panels = byId("panels"), grid = byId("grid");
   const state = { rows: [], columns: [], row: 0, column: 0, only: null, panels: [], cell: [8, 8], ring: null };
   const value = (id) => byId(id).value;
 
@@ -62,7 +62,7 @@
     const side = shown().length > 1 && nExperts <= 64 && board.clientWidth > 700 ? shown().length : 1;
     const room = (board.clientWidth - 24) / side - 48;
     const width = Math.max(3, Math.min(26, Math.floor(room / nExperts)));
-    return [width, Math.max(7, Math.min(22, Math.round(Math.max(width, 260 / nLayers))))];
+    return [width, Math.max(5, Math.min(22, Math.round(Math.max(width, 300 / nLayers))))];
   }
 
   // The range of a ramp; damages span decades, so their colours go by the logarithm
@@ -81,8 +81,14 @@
     return data.shades[Math.max(0, Math.min(data.shades.length - 1, Math.round(part * (data.shades.length - 1))))];
   }
 
+  const known = new Map();
+  function channels(colour) {
+    if (!known.has(colour)) known.set(colour, [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16)));
+    return known.get(colour);
+  }
+
   function isLight(colour) {
-    const [r, g, b] = [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16));
+    const [r, g, b] = channels(colour);
     return 0.299 * r + 0.587 * g + 0.114 * b > 140;
   }
 
@@ -99,7 +105,6 @@
     for (const name of shown()) {
       const panel = document.createElement("div"), title = document.createElement("h3"), canvas = document.createElement("canvas");
       panel.className = "panel";
-      panel.setAttribute("role", "presentation");
       title.textContent = name;
       canvas.setAttribute("aria-hidden", "true");
       const w = left + nExperts * width, h = nLayers * height + bottom;
@@ -108,6 +113,8 @@
       const pen = canvas.getContext("2d");
       pen.scale(scale, scale);
       pen.font = "11px system-ui, sans-serif"; pen.textBaseline = "middle";
+      // a pixel a cell, enlarged: far quicker than a rectangle each
+      const cells = new ImageData(nExperts, nLayers), labels = [];
       for (let row = 0; row < nLayers; row++) {
         const layer = state.rows[row];
         if (row % every === 0) {
@@ -118,15 +125,22 @@
           const expert = state.columns[layer][column], code = types[name][layer][expert];
           if (code === undefined) continue;
           const colour = kind === "type" ? data.types[code].colour : shade(measure(kind, name, layer, expert), limits);
-          pen.globalAlpha = state.only !== null && code !== state.only ? dim : 1;
-          pen.fillStyle = colour;
-          pen.fillRect(left + column * width, row * height, width - gap, height - gapY);
-          if (width >= 24 && height >= 16) {
-            pen.fillStyle = isLight(colour) ? "#000000" : "#ffffff"; pen.textAlign = "center";
-            pen.fillText(data.types[code].bpw.toPrecision(2), left + (column + 0.5) * width, (row + 0.5) * height);
-          }
-          pen.globalAlpha = 1;
+          const dimmed = state.only !== null && code !== state.only;
+          cells.data.set([...channels(colour), dimmed ? 255 * dim : 255], 4 * (row * nExperts + column));
+          if (width >= 24 && height >= 16 && !dimmed) labels.push([row, column, code, isLight(colour)]);
         }
+      }
+      const small = document.createElement("canvas");
+      small.width = nExperts; small.height = nLayers;
+      small.getContext("2d").putImageData(cells, 0, 0);
+      pen.imageSmoothingEnabled = false;
+      pen.drawImage(small, left, 0, nExperts * width, nLayers * height);
+      if (gap) for (let column = 1; column <= nExperts; column++) pen.clearRect(left + column * width - gap, 0, gap, nLayers * height);
+      if (gapY) for (let row = 1; row <= nLayers; row++) pen.clearRect(left, row * height - gapY, nExperts * width, gapY);
+      pen.textAlign = "center";
+      for (const [row, column, code, light] of labels) {
+        pen.fillStyle = light ? "#000000" : "#ffffff";
+        pen.fillText(data.types[code].bpw.toPrecision(2), left + (column + 0.5) * width, (row + 0.5) * height);
       }
       pen.fillStyle = muted; pen.textAlign = "center";
       const sorted = value("experts") !== "order";
@@ -202,7 +216,7 @@
   function described(layer, expert) {
     const found = facts(layer, expert), table = element("table"), measured = data.score !== null;
     const reference = found.length ? found[0].reference : null;
-    const head = ["", "type", "bpw", ...(measured ? ["predicted damage", `sensitivity (in ${reference ?? "one type"})`] : [])];
+    const head = ["projection", "type", "bpw", ...(measured ? ["predicted damage", `sensitivity (in ${reference ?? "one type"})`] : [])];
     table.append(line(head, true));
     for (const fact of found) {
       const more = measured ? [text(fact.damage), text(fact.sensitivity)] : [];
@@ -219,14 +233,15 @@
 
   // A new cell each time: a screen reader then says its label
   function place(focus = false) {
-    const [layer, expert] = at(state.row, state.column), had = focus || home.contains(document.activeElement);
+    const [layer, expert] = at(state.row, state.column), had = focus || grid.contains(document.activeElement);
     const row = element("div", undefined, { role: "row", "aria-rowindex": String(state.row + 1) });
     const cell = element("div", undefined, {
       role: "gridcell", tabindex: "0", class: "ring", "aria-colindex": String(state.column + 1), "aria-label": sentence(layer, expert),
     });
     row.append(cell);
-    const rings = state.panels.slice(1).map(() => element("div", undefined, { class: "ring", "aria-hidden": "true" }));
-    home.replaceChildren(row, ...rings);
+    const rings = state.panels.slice(1).map(() => element("div", undefined, { class: "ring" }));
+    grid.replaceChildren(row);
+    byId("rings").replaceChildren(...rings);
     [cell, ...rings].forEach((ring, index) => {
       const { canvas, left } = state.panels[index], [width, height] = state.cell;
       const box = canvas.getBoundingClientRect(), outer = board.getBoundingClientRect();
@@ -325,9 +340,8 @@
   }
 
   for (const id of ["tools", "board", "detail"]) byId(id).hidden = false;
-  board.setAttribute("aria-rowcount", String(nLayers));
-  board.setAttribute("aria-colcount", String(nExperts));
-  if (nExperts > 64) byId("projection").value = "";
+  grid.setAttribute("aria-rowcount", String(nLayers));
+  grid.setAttribute("aria-colcount", String(nExperts));
   sort();
   draw();
   for (const id of ["experts", "layers", "projection"]) byId(id).addEventListener("change", reorder);

@@ -24,7 +24,6 @@ from mopeq_edge.sensitivity.table import SensitivityTable, write_table
 from mopeq_edge.source.model import SourceTensor
 
 KINDS = tuple(BY_NAME[name] for name in ("IQ2_XS", "Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q6_K"))
-WIDTH = 256
 UNREACHED = 3
 """The expert of the first layer that no token reached."""
 EVALUATION: dict[str, Any] = {
@@ -54,11 +53,14 @@ def make(
     *,
     name: str = "model.gguf",
     title: str = "A model",
-    seed: int = 0,
+    n_rows: int = 256,
 ) -> Made:
-    """A per-expert file, sparse on disk, with everything that convert leaves."""
+    """A per-expert file, sparse on disk, with everything that convert leaves.
+
+    Less than 256 ``n_rows`` of every expert's matrices make a small file, and shapes that no model has.
+    """
     rng = np.random.default_rng(0)
-    tensors = _tensors(n_layer, n_expert)
+    tensors = _tensors(n_layer, n_expert, n_rows)
     table = _table(tensors, rng)
     types: dict[str, GgmlType | Grouping] = {}
     for tensor in tensors:
@@ -163,7 +165,7 @@ _HPARAMS = {
 }
 
 
-def _tensors(n_layer: int, n_expert: int) -> list[SourceTensor]:
+def _tensors(n_layer: int, n_expert: int, n_rows: int) -> list[SourceTensor]:
     found = [SourceTensor("token_embd.weight", (256, 64), BF16), SourceTensor("output.weight", (256, 64), BF16)]
     found.append(SourceTensor("output_norm.weight", (256,), F32))
     for n in range(n_layer):
@@ -172,8 +174,8 @@ def _tensors(n_layer: int, n_expert: int) -> list[SourceTensor]:
         matrices = ("attn_q", "attn_k", "attn_v", "attn_output")
         found += [SourceTensor(f"blk.{n}.{matrix}.weight", (256, 256), BF16) for matrix in matrices]
         found.append(SourceTensor(f"blk.{n}.ffn_gate_inp.weight", (256, n_expert), F32))
-        stacks = {"gate": (256, WIDTH, n_expert), "up": (256, WIDTH, n_expert), "down": (WIDTH, 256, n_expert)}
-        found += [SourceTensor(f"blk.{n}.ffn_{p}_exps.weight", shape, BF16) for p, shape in stacks.items()]
+        stack = (256, n_rows, n_expert)
+        found += [SourceTensor(f"blk.{n}.ffn_{p}_exps.weight", stack, BF16) for p in ("gate", "up", "down")]
     return found
 
 
