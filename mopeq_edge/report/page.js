@@ -164,7 +164,7 @@
   function text(found, kind) {
     if (found === null || found === undefined) return "not measured";
     if (kind === "tokens") return `${(100 * found).toPrecision(3)} %`;
-    return found === 0 ? "0" : found.toPrecision(3);
+    return found === 0 ? "0" : found < 1e-3 ? found.toExponential(2) : found.toPrecision(3);
   }
 
   function facts(layer, expert) {

@@ -70,7 +70,7 @@ def page(report: Report) -> bytes:
 
 def page_data(experts: ExpertMap) -> dict[str, Any]:
     """What the script draws: for each projection a row a layer, a letter of ``CODES`` an expert."""
-    names = list(experts.bits())
+    codes = dict(zip(experts.bits(), CODES, strict=False))
     rows: dict[str, dict[str, list[Any]]] = {
         p: {"types": [], "damage": [], "sensitivity": [], "reference": []} for p in experts.projections
     }
@@ -78,7 +78,7 @@ def page_data(experts: ExpertMap) -> dict[str, Any]:
     for layer in experts.layers:
         for projection, own in rows.items():
             stack = by_place.get((layer, projection))
-            own["types"].append("" if stack is None else "".join(CODES[names.index(name)] for name in stack.types))
+            own["types"].append("" if stack is None else "".join(codes[name] for name in stack.types))
             for key in ("damage", "sensitivity"):
                 values = None if stack is None else getattr(stack, key)
                 own[key].append(None if values is None else [rounded(value) for value in values])
@@ -141,9 +141,9 @@ def _shades() -> list[str]:
 
 def _layer_types(experts: ExpertMap) -> list[dict[str, Any]]:
     """For a table: the mix of types of every stack, and its bits per weight."""
-    found = []
+    found, names = [], list(experts.bits())
     for stack in experts.stacks:
-        mix = {name: stack.types.count(name) for name in experts.bits() if name in stack.types}
+        mix = {name: stack.types.count(name) for name in names if name in stack.types}
         found.append(
             {
                 "layer": stack.layer,

@@ -46,9 +46,10 @@ def dry_run_types(said: str) -> dict[str, GgmlType]:
         found = _LINE.match(line)
         if found is None:
             continue
-        if found[2] not in by_lower:
+        kind = by_lower.get(found[2].lower())
+        if kind is None:
             raise FormatError(f"llama-quantize --dry-run: says type '{found[2]}', which is not known")
-        types[found[1]] = by_lower[found[2]]
+        types[found[1]] = kind
     if not types:
         raise FormatError("llama-quantize --dry-run: expected a line for every tensor, found none")
     return types

@@ -22,7 +22,7 @@ from mopeq_edge.progress import Progress
 from mopeq_edge.sensitivity.table import SensitivityTable
 from mopeq_edge.source.model import Bytes, Floats, SourceTensor, mark_mtp
 
-WIDEST = 2.5
+WIDEST = 2
 """The largest replan, as a multiple of the file."""
 
 

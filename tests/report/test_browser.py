@@ -111,7 +111,7 @@ def test_tables_say_what_the_artifacts_say(browser: Any, small: Page) -> None:
         assert tab.title() == "model.gguf: report of mopeq-edge"
         text = tab.inner_text("#result")
         assert f"{plan.budget_bytes:,} bytes" in text
-        assert f"{plan.file_bytes:,} bytes; 1,000 under the budget" in text
+        assert f"{plan.file_bytes:,} bytes; 1,000 bytes under the budget" in text
         assert float(tab.inner_text("#predicted")) == pytest.approx(plan.damage, rel=1e-5)
         assert float(tab.inner_text("#kld")) == pytest.approx(EVALUATION["kld_mean_nats"], rel=1e-5)
         assert "93.21 %" in text
