@@ -58,6 +58,9 @@ STYLE: Mapping[str, Any] = {
 WIDTH = 5.4
 """Inches of every chart: on a phone it is as wide as the page, and still legible."""
 MB = 10**6
+NAMED_FIRST = ("Q4_K_M", "Q3_K_M", "Q2_K", "Q6_K", "Q5_K_M", "Q8_0", "IQ2_XXS", "IQ3_XXS", "IQ4_XS")
+ROOM = (70, 14)
+"""Pixels of figures with 100 an inch that a name takes, across and up."""
 MOST_TICKS = 12
 
 
@@ -159,8 +162,6 @@ def _curve(report: Report) -> Figure:
     if priced:
         look = {"color": SERIES[2], "markerfacecolor": "none", "label": "llama-quantize, predicted"}
         panel.plot(*_columns([(x, y) for x, y, _ in priced]), "D", **look)  # type: ignore[arg-type]
-        for at, damage, name in priced:
-            panel.annotate(name, (at, damage), (4, 3), textcoords="offset points", fontsize=7)
     if got.predicted_damage:
         at = got.file_bytes / divisor
         panel.plot([at], [got.predicted_damage], "o", color=SERIES[3], markersize=9, label="this file, predicted")
@@ -170,7 +171,19 @@ def _curve(report: Report) -> Figure:
     panel.set(xlabel=f"file, {unit}", ylabel=got.unit, yscale="log")
     panel.yaxis.set_major_formatter(_plain)
     panel.legend(fontsize=8)
+    _name_points(panel, priced)
     return figure
+
+
+def _name_points(panel: Axes, points: Sequence[tuple[float, float, str]]) -> None:
+    """Names beside the points as far as there is room, those first that people choose; the table has all."""
+    taken: list[tuple[float, float]] = []
+    order = {name: rank for rank, name in enumerate(NAMED_FIRST)}
+    for x, y, name in sorted(points, key=lambda point: (order.get(point[2], len(order)), point[0])):
+        at, height = panel.transData.transform((x, y))
+        if all(abs(at - other) > ROOM[0] or abs(height - above) > ROOM[1] for other, above in taken):
+            taken.append((at, height))
+            panel.annotate(name, (x, y), (5, 2), textcoords="offset points", fontsize=7.5)
 
 
 def _coverage(found: Coverage) -> Figure:
@@ -219,11 +232,12 @@ def _memory(found: Memory) -> Figure:
             x = [contexts.index(row.n_ctx) for row in own]
             y = [row.needed / divisor for row in own]
             look = "os"[number % 2] + ("-", "--")[line % 2]
-            panel.plot(x, y, look, color=SERIES[number % 4], label=f"{cpu.split(' (')[0]}, cache {kind}")
+            panel.plot(x, y, look, color=SERIES[number % 4], label=f"{cpu}, cache {kind}")
     panel.set_xticks(range(len(contexts)), [f"{n:,}" for n in contexts])
     panel.set(xlabel="tokens of context", ylabel=f"{unit} needed")
+    panel.set_xlim(-0.5, len(contexts) - 0.5)
     panel.set_ylim(bottom=0)
-    panel.legend(fontsize=8)
+    panel.legend(fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     return figure
 
 

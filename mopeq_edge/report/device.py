@@ -15,7 +15,7 @@ from mopeq_edge.memory.repack import Cpu
 from mopeq_edge.memory.settings import Settings
 
 CPUS: dict[str, Cpu] = {
-    "ARM with dot products (Jetson Orin)": Cpu("aarch64", frozenset({"asimddp"})),
+    "ARM, as in Jetson Orin": Cpu("aarch64", frozenset({"asimddp"})),
     "x86 with AVX2": Cpu("x86_64", frozenset({"avx", "avx2"})),
 }
 CONTEXTS = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
