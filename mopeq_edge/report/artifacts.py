@@ -82,12 +82,22 @@ def read_artifacts(path: Path, work: Path | None = None, checks: Path | None = N
     missing: dict[str, Missing] = {}
     plan, why = find_plan(headers, folder) if headers else (read_plan(_required(folder)), "")
     if plan is None:
-        missing[PLAN] = Missing(why.partition("; give")[0], f"mopeq-edge report {shown} --work-dir DIR")
+        missing[PLAN] = Missing(
+            without_folders(why.partition("; give")[0], folder), f"mopeq-edge report {shown} --work-dir DIR"
+        )
     if not headers:
         missing[GGUF] = Missing("the planned file is not written, or not beside the work directory", _EMIT)
-    table = _or_missing(SENSITIVITY, lambda: _table(folder, plan), _REPLAN, missing)
-    routing = _or_missing(ROUTING, lambda: _routing(folder, plan), _CALIBRATE, missing)
-    validation = _or_missing(VALIDATION, lambda: _validation(folder, headers, plan), _CONVERT, missing)
+
+    def read(part: str, reader: Callable[[], T], command: str) -> T | None:
+        try:
+            return reader()
+        except MopeqError as error:
+            missing[part] = Missing(without_folders(str(error), folder), command)
+            return None
+
+    table = read(SENSITIVITY, lambda: _table(folder, plan), _REPLAN)
+    routing = read(ROUTING, lambda: _routing(folder, plan), _CALIBRATE)
+    validation = read(VALIDATION, lambda: _validation(folder, headers, plan), _CONVERT)
     validate = f"mopeq-edge validate {shown} --json > checks.json; mopeq-edge report {shown} --validation checks.json"
     found = _checks(checks, headers) if checks is not None else None
     if found is None:
@@ -132,12 +142,12 @@ def _file_of(folder: Path) -> Path | None:
     return file if wanted == read_plan(folder / "plan.json").sha256 else None
 
 
-def _or_missing(part: str, read: Callable[[], T], command: str, missing: dict[str, Missing]) -> T | None:
-    try:
-        return read()
-    except MopeqError as error:
-        missing[part] = Missing(str(error), command)
-        return None
+def without_folders(text: str, *folders: Path) -> str:
+    """``text`` with names in the place of paths: a page is shown to others, and the same wherever it is made."""
+    for folder in folders:
+        for path in (folder, folder.resolve()):
+            text = text.replace(f"{path}/", "")
+    return text
 
 
 def _table(folder: Path, plan: Plan | None) -> SensitivityTable:

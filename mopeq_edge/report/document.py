@@ -15,7 +15,16 @@ from mopeq_edge.output_kvs import PLAN_KEY
 from mopeq_edge.pipeline import imatrix_file
 from mopeq_edge.plan.artifact import PER_EXPERT
 from mopeq_edge.progress import Progress
-from mopeq_edge.report.artifacts import CHECKS, GGUF, PLAN, ROUTING, SENSITIVITY, Artifacts, Missing
+from mopeq_edge.report.artifacts import (
+    CHECKS,
+    GGUF,
+    PLAN,
+    ROUTING,
+    SENSITIVITY,
+    Artifacts,
+    Missing,
+    without_folders,
+)
 from mopeq_edge.report.coverage import Coverage, coverage
 from mopeq_edge.report.device import Memory, memory
 from mopeq_edge.report.experts import ExpertMap, expert_map
@@ -131,7 +140,7 @@ def _curve(found: Artifacts, n_points: int, progress: Progress) -> Curve | Missi
     try:
         return replan(found.plan, found.table, found.headers[0], n_points, progress)
     except MopeqError as error:
-        return Missing(str(error), "mopeq-edge sensitivity MODEL")
+        return _failed(error, found, "mopeq-edge sensitivity MODEL")
 
 
 def _presets(found: Artifacts, largest: int, n_points: int, progress: Progress) -> tuple[Preset, ...] | Missing:
@@ -151,7 +160,12 @@ def _presets(found: Artifacts, largest: int, n_points: int, progress: Progress) 
         imatrix = found.work / imatrix_file(plan.quantized_with)
         return presets(plan, table, source, imatrix, largest or int(WIDEST * plan.file_bytes), progress)
     except (MopeqError, KeyError) as error:
-        return Missing(str(error), again)
+        return _failed(error, found, again)
+
+
+def _failed(error: Exception, found: Artifacts, command: str) -> Missing:
+    folders = [found.work] if found.path is None else [found.work, found.path.parent]
+    return Missing(without_folders(str(error), *folders), command)
 
 
 def _routers(checks: Mapping[str, Any]) -> tuple[Routers, ...] | Missing:
@@ -177,7 +191,7 @@ def _memory(found: Artifacts) -> Memory | Missing:
     try:
         return memory(found.headers, found.headers[0].path.name)
     except MopeqError as error:
-        return Missing(str(error), "mopeq-edge memory OUT --ctx N")
+        return _failed(error, found, "mopeq-edge memory OUT --ctx N")
 
 
 def _commands(found: Artifacts) -> dict[str, str]:

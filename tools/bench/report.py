@@ -63,7 +63,7 @@ def _open(pages: dict[str, Path], rounds: int) -> dict[str, float]:
         for _ in range(rounds):
             for name, path in pages.items():
                 tab = browser.new_page(viewport={"width": 1280, "height": 900})
-                tab.goto(path.as_uri())
+                tab.goto(path.as_uri(), timeout=120_000)
                 times[name].append(float(tab.evaluate(painted)))
                 tab.close()
         browser.close()
