@@ -119,7 +119,7 @@
         const layer = state.rows[row];
         if (row % every === 0) {
           pen.fillStyle = ink; pen.textAlign = "right";
-          pen.fillText(String(data.layers[layer]), left - 6, (row + 0.5) * height);
+          pen.fillText(String(data.layers[layer]), left - 6, Math.max(6, (row + 0.5) * height));
         }
         for (let column = 0; column < nExperts; column++) {
           const expert = state.columns[layer][column], code = types[name][layer][expert];
@@ -348,7 +348,7 @@
   for (const id of ["colour", "cells"]) byId(id).addEventListener("change", draw);
   byId("table-layer").addEventListener("change", layerTable);
   byId("layer-table").addEventListener("toggle", () => { if (byId("layer-table").open) layerTable(); });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  for (const media of ["(prefers-color-scheme: dark)", "print"]) matchMedia(media).addEventListener("change", draw);
   let width = board.clientWidth;
   window.addEventListener("resize", () => {
     if (board.clientWidth !== width) { width = board.clientWidth; draw(); }

@@ -129,7 +129,7 @@ def test_tables_say_what_the_artifacts_say(browser: Any, small: Page) -> None:
         points = cells(tab, "#points")
         replans = [[row[0], int(row[1].replace(",", ""))] for row in points if row[3] == "predicted"][1:]
         assert replans == [[p["layout"], p["file_bytes"]] for p in small.numbers["curve"]["points"]]
-        assert ["this file", f"{plan.file_bytes:,}", "0.01235", "measured mean KLD"] in points
+        assert ["this file", f"{plan.file_bytes:,}", "0.01235", "measured mean KLD, nats"] in points
 
 
 def test_every_cell_of_a_layer_s_table(browser: Any, small: Page) -> None:
