@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from mopeq_edge.plan.artifact import ids_of, write_plan
 from mopeq_edge.report.page import page_data, script_json
 from mopeq_edge.report.presets import dry_run_types
 from mopeq_edge.sensitivity.table import write_table
+from mopeq_edge.study.rows import RowFile
 
+from ..study.test_rows import ROW
 from .models import EVALUATION, UNREACHED, Made, make, write_validation
 
 
@@ -258,6 +261,45 @@ def test_types_of_a_dry_run() -> None:
     for wrong in ("", "[ 1/ 1] a.weight - [1], type = f32, size = 1 MiB -> 1 MiB (q99)"):
         with pytest.raises(FormatError, match="--dry-run"):
             dry_run_types(wrong)
+
+
+class _Elements(HTMLParser):
+    """Names of all elements, and those of attributes that run something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names += [tag, *(name for name, _ in attrs if name.startswith("on"))]
+
+
+def test_texts_of_artifacts_are_text(made: Made) -> None:
+    """Also in charts, where another library writes them."""
+    hostile = '</text><script>alert(1)</script>"><img src=x onerror=alert(1)>'
+    made.file.unlink()
+    write_plan(replace(made.plan, unit=hostile, planner=hostile, made_from=hostile), made.work / "plan.json")
+    done = run(made.work, "-o", made.file.with_name("r.html"), "--points", 0)
+    assert done.exit_code == 0, done.exception
+    page = made.file.with_name("r.html").read_text(encoding="utf-8")
+    found = _Elements()
+    found.feed(page)
+    # the numbers and our own
+    assert found.names.count("script") == 2
+    assert not {"img", "onerror"} & set(found.names)
+    assert page.count("alert(1)") >= 4
+    plain = hostile.replace("</text>", "")
+    assert plain not in page
+
+
+def test_what_study_measured(made: Made) -> None:
+    RowFile(made.work / "study.csv").put(replace(ROW, case="7000000-preset-Q2_K", planner="llama-quantize"))
+    (found,) = numbers(made.file, "--points", 0)["studied"]
+    assert (found["name"], found["kld_mean"], found["file_bytes"]) == (
+        "llama-quantize Q2_K",
+        ROW.kld_mean,
+        ROW.file_bytes,
+    )
 
 
 def test_json_cannot_end_its_element() -> None:
