@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from mopeq_edge.cli import cli
-
+from ..commands import run_json
 from .models import EVALUATION, UNREACHED, Made, make
 
 pytestmark = pytest.mark.browser
@@ -38,10 +35,7 @@ class Page:
 
 def written(made: Made, *args: object) -> Page:
     path = made.file.with_name("report.html")
-    given = ["report", made.file, "-o", path, "--validation", made.checks, "--json", *args]
-    done = CliRunner().invoke(cli, [str(arg) for arg in given])
-    assert done.exit_code == 0, (done.output, done.exception)
-    return Page(path, json.loads(done.stdout), made)
+    return Page(path, run_json("report", made.file, "-o", path, "--validation", made.checks, "--json", *args), made)
 
 
 @pytest.fixture(scope="module")

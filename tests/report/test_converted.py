@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from mopeq_edge.cli import cli
 from mopeq_edge.gguf_file import read_header
 from mopeq_edge.runtime.tools import run_tool
 from mopeq_edge.sensitivity.table import read_table
+
+from ..commands import run_json
 
 pytestmark = pytest.mark.runtime
 
@@ -21,18 +21,13 @@ pytestmark = pytest.mark.runtime
 def converted(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     out = tmp_path_factory.mktemp("converted") / "out.gguf"
     few = ["--no-fisher", "--types", "k", "--window", "128", "--chunks", "2", "--sample-rows", "8"]
-    given = ["convert", tiny_model, out, "--target-gb", "0.0085", "--layout", "per-expert", *few, "--json"]
-    done = CliRunner().invoke(cli, [str(arg) for arg in given])
-    assert done.exit_code == 0, (done.output, done.exception)
+    run_json("convert", tiny_model, out, "--target-gb", "0.0085", "--layout", "per-expert", *few, "--json")
     return out
 
 
 @pytest.fixture(scope="module")
 def numbers(converted: Path) -> dict[str, Any]:
-    done = CliRunner().invoke(cli, ["report", str(converted), "--json", "--points", "2"])
-    assert done.exit_code == 0, (done.output, done.exception)
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    return run_json("report", converted, "--json", "--points", 2)
 
 
 def test_convert_leaves_a_report_of_its_own_numbers(converted: Path, numbers: dict[str, Any]) -> None:

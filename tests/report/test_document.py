@@ -23,6 +23,7 @@ from mopeq_edge.report.presets import dry_run_types
 from mopeq_edge.sensitivity.table import write_table
 from mopeq_edge.study.rows import RowFile
 
+from ..commands import run_json
 from ..study.test_rows import ROW
 from .models import EVALUATION, UNREACHED, Made, make, write_validation
 
@@ -37,10 +38,7 @@ def run(*args: object) -> Result:
 
 
 def numbers(*args: object) -> dict[str, Any]:
-    done = run(*args, "--json")
-    assert done.exit_code == 0, (done.output, done.exception)
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    return run_json("report", *args, "--json")
 
 
 def test_overview_and_sizes(made: Made) -> None:
