@@ -7,10 +7,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BUDGET_GB ?= 0.0085
+FUZZ_SECONDS ?= 60
 # a process for each core, with one thread each in torch
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
-.PHONY: setup runtime stock browser demo test unit check format table clean
+.PHONY: setup runtime stock browser demo test unit check fuzz format table clean
 
 setup: $(READY)
 
@@ -61,6 +62,11 @@ unit: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Ten minutes of fuzzing guided by coverage, of every kind of file that is read: nothing is to be found.
+fuzz: $(READY)
+	$(BIN)/pip install --quiet -e '.[fuzz]'
+	$(BIN)/python -m tools.fuzz all --seconds $(FUZZ_SECONDS)
 
 # The README's tables: five budgets against llama-quantize's presets of the same imatrix, and both layouts at six.
 table: runtime

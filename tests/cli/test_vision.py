@@ -14,7 +14,8 @@ from click.testing import CliRunner, Result
 from mopeq_edge.cli import cli
 from mopeq_edge.cli.image import wants_images
 from mopeq_edge.errors import MopeqError, OutputError
-from mopeq_edge.vision.answer import Question, answer, vision_beside
+from mopeq_edge.vision.answer import Question, answer
+from mopeq_edge.vision.description import vision_beside
 from mopeq_edge.vision.session import VisionSession
 from tools.vision_language_configs import TINY
 
