@@ -17,6 +17,9 @@ from mopeq_edge.source.shard import DTYPE_BITS, Entry, Shard
 MAX_HEADER = 100_000_000
 """Longest header that the safetensors library accepts, in bytes."""
 
+MAX_TENSORS = 2**16
+"""Of a file: the largest released mixtures have 140,000, in dozens of files."""
+
 MAX_AXES = 16
 """Of a tensor, so that the product of their sizes is quickly known."""
 
@@ -46,6 +49,11 @@ def _read_entries(path: File) -> dict[str, Entry]:
             f"{path}: truncated safetensors: the header needs {8 + length} bytes, file has {size}; download it again"
         )
     header = _parse_header(path, read_bytes(path, 8, length).tobytes())
+    if len(header) > MAX_TENSORS + 1:
+        raise FormatError(
+            f"{path}: safetensors with {len(header)} tensors, expected at most {MAX_TENSORS}; save the model in "
+            "several files"
+        )
     entries = [_entry(path, name, info, 8 + length) for name, info in header.items() if name != "__metadata__"]
     _check_extents(path, entries, 8 + length, size)
     return {entry.name: entry for entry in sorted(entries, key=lambda entry: entry.name)}
