@@ -6,7 +6,6 @@ killed goes on with the next picture.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,8 @@ from mopeq_edge.pipeline_context import Context
 from mopeq_edge.pipeline_vision import family_of
 from mopeq_edge.progress import Step
 from mopeq_edge.source.huggingface import HuggingFaceSource
-from mopeq_edge.vision.description import ENDING, Description
+from mopeq_edge.vision.description import ENDING, Description, weights_file
 from mopeq_edge.vision.image_file import open_image
-from mopeq_edge.vision.session import weights_file
 
 if TYPE_CHECKING:
     from converters.vision import Family
@@ -114,9 +112,6 @@ def _write_graph(context: Context, eyes: Eyes, graph: Path, made_from: str) -> N
     from converters.vision import read_vision, write_vision
 
     graph.parent.mkdir(parents=True, exist_ok=True)
-    for left in graph.parent.glob(f".{graph.name}.*.tmp"):
-        # of a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
     try:
         if graph.is_file() and read_vision(graph).description.made_from == made_from:
             return

@@ -16,8 +16,7 @@ from mopeq_edge.memory.tower import TowerMemory, tower_memory
 from mopeq_edge.pipeline_context import Context
 from mopeq_edge.source.huggingface import HuggingFaceSource
 from mopeq_edge.source.model import Source
-from mopeq_edge.vision.description import WEIGHTS_ENDING, vision_beside
-from mopeq_edge.vision.session import weights_file
+from mopeq_edge.vision.description import WEIGHTS_ENDING, vision_beside, weights_file
 
 if TYPE_CHECKING:
     from converters.vision import Family

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from onnx import TensorProto, helper, shape_inference
+from onnx import TensorProto, shape_inference
 
 from mopeq_edge.device_files import DeviceFile, device_files, total_bytes
-from mopeq_edge.errors import FormatError, MopeqError
 from mopeq_edge.vision.description import KEY, read_description
+from mopeq_edge.vision.graph_file import read_graph
 
 PYTHON_BYTES = 137_000_000
 """Python, onnxruntime and what it is run with; measured (docs/vision.md)."""
@@ -47,16 +47,8 @@ class TowerMemory:
 def tower_of_file(path: Path) -> TowerMemory:
     """What the vision file ``path`` takes; its weights are not read. Raises :class:`MopeqError` for another file."""
     files = device_files(path)
-    try:
-        graph = onnx.load(path, load_external_data=False)
-        said = {entry.key: entry.value for entry in graph.metadata_props}
-        kind = read_description(said.get(KEY), str(path)).weights_type
-        return tower_memory(graph, kind, files)
-    except MopeqError:
-        raise
-    # protobuf's errors have no base that onnx would promise
-    except Exception as error:
-        raise FormatError(f"{path}: is no ONNX file ({' '.join(str(error).split())[:80]}); convert again") from None
+    graph = read_graph(path)
+    return tower_memory(graph.model, read_description(graph.metadata.get(KEY), str(path)).weights_type, files)
 
 
 def tower_memory(graph: onnx.ModelProto, kind: str, files: tuple[DeviceFile, ...]) -> TowerMemory:
@@ -66,15 +58,7 @@ def tower_memory(graph: onnx.ModelProto, kind: str, files: tuple[DeviceFile, ...
 
 def work_bytes(model: onnx.ModelProto) -> int:
     """The most bytes of results that are alive at once when the nodes run in their order, constants left out."""
-    known = onnx.ModelProto()
-    known.CopyFrom(model)
-    stored = {tensor.name: tensor for tensor in known.graph.initializer}
-    for node in known.graph.node:
-        # a matrix waits for its turn by a shape that is computed: no inference sees through that
-        if node.op_type == "Reshape" and (tensor := stored.get(node.input[0])) is not None:
-            info = helper.make_tensor_value_info(node.output[0], tensor.data_type, list(tensor.dims))
-            known.graph.value_info.append(info)
-    inferred = shape_inference.infer_shapes(known).graph
+    inferred = shape_inference.infer_shapes(model, data_prop=True).graph
     sizes = {value.name: _nbytes(value.type.tensor_type) for value in (*inferred.value_info, *inferred.output)}
     constants = {tensor.name for tensor in inferred.initializer} | {value.name for value in inferred.input}
     owner: dict[str, str] = {}

@@ -103,6 +103,16 @@ class Measured:
     largest: Doubles
     weighing_of: Mapping[str, int]
 
+    @classmethod
+    def joined(cls, parts: Sequence[Measured]) -> Measured:
+        """Of a tensor from those of its parts, in order."""
+        damage, variance = (
+            np.concatenate([getattr(part, name) for part in parts], axis=2) for name in ("damage", "variance")
+        )
+        norms, largest = (np.concatenate([getattr(part, name) for part in parts]) for name in ("norms", "largest"))
+        first = parts[0]
+        return cls(first.types, damage, with_pooled(damage, variance), norms, largest, first.weighing_of)
+
     def priced(self, pricings: Mapping[str, Sequence[Pricing]]) -> TensorErrors:
         """By every score of ``pricings``, whose weighings are the same; without types that do not hold a weight."""
         largest = float(self.largest.max())
@@ -115,7 +125,7 @@ class Measured:
         return TensorErrors(tuple(self.types[i] for i in rows), damage, variance, self.norms)
 
 
-class Measurement:
+class Measuring:
     """A tensor whose matrices are being measured in the threads of a pool; the numbers do not depend on how many."""
 
     def __init__(
@@ -129,28 +139,34 @@ class Measurement:
         pool: ThreadPoolExecutor,
         *,
         padded_in: int | None = None,
-        sample_rows: SampleRows = None,
+        rows: Rows,
+        first: int = 0,
     ) -> None:
         """Begin. ``types``: the tensor's own is the last. ``pricings[score]`` has one a matrix.
 
         The quantizer weighs with ``imatrix`` as it will when the file is written. A type whose blocks do not fit the
         rows is measured on rows of ``padded_in`` numbers, with zeros behind, as a padded file has them
-        (``source.padded``).
+        (``source.padded``). ``rows`` are measured of each matrix; the first matrix has the number ``first``, where the
+        tensor is a part of another.
         """
         self._source, self._tensor, self._types, self._ggml = source, tensor, tuple(types), ggml
         self._weighings = Weighings(pricings)
         entry = imatrix.entries.get(tensor.name) if imatrix is not None else None
         self._weights = entry.mean() if entry is not None else None
         self._behind = (0, (padded_in or tensor.n_in) - tensor.n_in)
-        self._rows = rows_to_measure(tensor, sample_rows)
+        self._rows, self._first = rows, first
+        # a matrix alone is measured by the thread that asks, with a thread for each type
+        self._alone = pool if tensor.n_matrices == 1 else None
         self._at_once = max(1, ROWS_AT_ONCE // tensor.n_in)
         self._futures: list[list[Future[_Piece]]] = []
         every = range(tensor.n_out)
         for matrix in range(tensor.n_matrices):
-            if self._rows.first < tensor.n_out:
+            if self._rows.first >= tensor.n_out:
+                parts = [pool.submit(self._whole, matrix, piece) for piece in self._pieces(every)]
+            elif self._alone is None:
                 parts = [pool.submit(self._sampled, matrix)]
             else:
-                parts = [pool.submit(self._whole, matrix, piece) for piece in self._pieces(every)]
+                parts = []
             self._futures.append(parts)
 
     def result(self, on_matrix: Callable[[], None] = lambda: None) -> Measured:
@@ -159,20 +175,14 @@ class Measurement:
         damage, variance = np.zeros(shape), np.zeros(shape)
         norms, largest = np.zeros(shape[2]), np.zeros(shape[2])
         for matrix, parts in enumerate(self._futures):
-            for piece in (future.result() for future in parts):
+            for piece in [future.result() for future in parts] or [self._sampled(matrix)]:
                 norms[matrix] += piece.square
                 largest[matrix] = max(largest[matrix], piece.largest)
                 damage[..., matrix] += piece.damage
                 variance[..., matrix] += piece.variance
             on_matrix()
         names = tuple(kind.name for kind in self._types)
-        variance = with_pooled(damage, variance)
         return Measured(names, damage, variance, np.sqrt(norms), largest, self._weighings.of)
-
-    def cancel(self) -> None:
-        """Begin no further work."""
-        for future in (future for parts in self._futures for future in parts):
-            future.cancel()
 
     def _pieces(self, rows: range) -> Iterator[slice]:
         return (slice(start, min(start + self._at_once, len(rows))) for start in rows[:: self._at_once])
@@ -190,7 +200,7 @@ class Measurement:
     def _sampled(self, matrix: int) -> _Piece:
         """A matrix by some of its rows."""
         tensor, wanted = self._tensor, self._rows
-        drawn = drawn_rows(tensor.n_out, wanted.most, seed=tensor.n_out + matrix)
+        drawn = drawn_rows(tensor.n_out, wanted.most, seed=tensor.n_out + self._first + matrix)
         sample = np.empty((len(drawn), tensor.n_in), dtype=np.float32)
         weighed = [np.empty(tensor.n_out) for _ in self._weighings.each]
         square = largest = 0.0
@@ -231,15 +241,21 @@ class Measurement:
                 found = estimate(d, x[drawn[: len(d)]], float(x.sum()), self._tensor.n_out)
                 damage[which, index], variance[which, index] = found
 
-        for index, kind in lossy:
-            extend(index, kind, 0, wanted.first)
+        def extend_all(jobs: list[tuple[int, GgmlType, int, int]]) -> None:
+            if self._alone is None:
+                for job in jobs:
+                    extend(*job)
+            else:
+                for future in [self._alone.submit(extend, *job) for job in jobs]:
+                    future.result()
+
+        extend_all([(index, kind, 0, wanted.first) for index, kind in lossy])
         if wanted.most > wanted.first:
             bits = np.array([kind.bpw for kind in self._types])
             needed = np.max([rows_needed(*two, wanted.first, wanted) for two in zip(damage, variance, strict=True)], 0)
             lost = np.all([dominated(bits, *two) for two in zip(damage, variance, strict=True)], axis=0)
-            for index, kind in lossy:
-                if needed[index] > wanted.first and not lost[index]:
-                    extend(index, kind, wanted.first, needed[index])
+            further = [(i, kind) for i, kind in lossy if needed[i] > wanted.first and not lost[i]]
+            extend_all([(i, kind, wanted.first, int(needed[i])) for i, kind in further])
         return damage, variance
 
     def _lossy(self, largest: float) -> list[tuple[int, GgmlType]]:
@@ -275,9 +291,10 @@ def measure_tensor(
     *,
     sample_rows: SampleRows = None,
 ) -> TensorErrors:
-    """Errors of ``tensor`` for ``types`` by score; see :class:`Measurement`."""
-    started = Measurement(source, tensor, types, pricings, imatrix, ggml, pool, sample_rows=sample_rows)
-    return started.result().priced(pricings)
+    """Errors of ``tensor`` for ``types`` by score; see :class:`Measuring`."""
+    rows = rows_to_measure(tensor, sample_rows)
+    started = Measuring(source, tensor, types, pricings, imatrix, ggml, pool, rows=rows)
+    return Measured.joined([started.result()]).priced(pricings)
 
 
 def total_matrices(tensors: Sequence[SourceTensor]) -> int:

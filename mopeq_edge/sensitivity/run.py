@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from mopeq_edge.ggml.library import Ggml
+from mopeq_edge.engine.interface import Engine, Tools
 from mopeq_edge.ggml.types import GgmlType
 from mopeq_edge.heap import keep_freed_memory
+from mopeq_edge.imatrix import Imatrix
 from mopeq_edge.plan.candidates import candidates
-from mopeq_edge.progress import Progress, Step
-from mopeq_edge.sensitivity.measure import Measured, Measurement, total_matrices
+from mopeq_edge.progress import Progress
+from mopeq_edge.sensitivity.measure import Measured, Measuring, total_matrices
 from mopeq_edge.sensitivity.pricing import Statistics, pricings
-from mopeq_edge.sensitivity.sample import SampleRows
+from mopeq_edge.sensitivity.sample import Rows, SampleRows, rows_to_measure
 from mopeq_edge.sensitivity.scores import DERIVED, Doubles, Pricing, mopeq_score
 from mopeq_edge.sensitivity.table import SensitivityTable
 from mopeq_edge.source.model import Source, SourceTensor
 from mopeq_edge.source.padded import expert_padding
+from mopeq_edge.source.part import Part, PartSource, joined_in_order, parts_of
 from mopeq_edge.source.roles import Role
 
-AHEAD = 8
-"""Tensors that are begun before the first of them is waited for: threads find work while one matrix is at its end."""
+
+@dataclass(frozen=True)
+class Measurement:
+    """One task: the matrices of ``part``. Of ``pricings`` only the weighings are used, not the factors."""
+
+    part: Part
+    types: tuple[GgmlType, ...]
+    pricings: Mapping[str, Sequence[Pricing]]
+    imatrix: Imatrix | None
+    padded_in: int
+    rows: Rows
 
 
 def measure_sensitivity(
@@ -31,10 +41,9 @@ def measure_sensitivity(
     types: Sequence[GgmlType],
     statistics: Statistics,
     quantize_with: str,
-    ggml: Ggml,
+    engine: Engine,
     *,
     sample_rows: SampleRows,
-    threads: int,
     made_from: str,
     progress: Progress,
 ) -> SensitivityTable:
@@ -44,44 +53,34 @@ def measure_sensitivity(
     Floors do not apply here, so one table serves every choice of floors. ``sample_rows`` says how many rows are
     measured of each matrix (:mod:`~mopeq_edge.sensitivity.sample`). A type that does not hold the largest weight of a
     tensor, of all its rows, is left out for it. Where experts can be padded, the types that only padded rows take are
-    measured as well. Every weight is read once.
+    measured as well. Every weight is read once. The table does not depend on ``engine``.
     """
-    keep_freed_memory()
     padding = expert_padding(source)
     imatrix = statistics.imatrix(quantize_with)
     tensors = [t for t in source.tensors if t.quantizable]
-    measured: dict[str, Measured] = {}
-    waiting: deque[tuple[str, Measurement]] = deque()
-    with (
-        ThreadPoolExecutor(threads) as pool,
-        progress.step("sensitivity", total_matrices(tensors), "matrices") as step,
-    ):
-        try:
-            for tensor in tensors:
-                has_imatrix = imatrix is not None and tensor.name in imatrix.entries
-                padded = tensor if padding is None else padding.tensor(tensor)
-                measurement = Measurement(
-                    source,
-                    tensor,
-                    candidates(padded, types, has_imatrix=has_imatrix, floors={}),
-                    _prices(tensor, statistics, None),
-                    imatrix,
-                    ggml,
-                    pool,
-                    padded_in=padded.n_in,
-                    sample_rows=sample_rows,
-                )
-                waiting.append((tensor.name, measurement))
-                if len(waiting) >= AHEAD:
-                    _collect(waiting, measured, step)
-            while waiting:
-                _collect(waiting, measured, step)
-        finally:
-            for _, unfinished in waiting:
-                unfinished.cancel()
+    parts = parts_of(tensors, engine.part_weights)
+
+    def tasks() -> Iterator[Measurement]:
+        # one at a time: what calibration knows of all experts, in float64, is large
+        for part in parts:
+            tensor = part.whole
+            padded = tensor if padding is None else padding.tensor(tensor)
+            has_imatrix = imatrix is not None and tensor.name in imatrix.entries
+            chosen = candidates(padded, types, has_imatrix=has_imatrix, floors={})
+            # the norms of a layer, and so the factors of some scores, are known at the end
+            weighings = pricings(tensor, statistics, [1.0] * tensor.n_matrices)
+            prices = {name: each[part.first : part.stop] for name, each in weighings.items()}
+            rows = rows_to_measure(tensor, sample_rows)
+            yield Measurement(part, tuple(chosen), prices, part.imatrix(imatrix), padded.n_in, rows)
+
+    found: dict[int, Measured] = {}
+    with progress.step("sensitivity", total_matrices(tensors), "matrices") as step:
+        found.update(engine.map(measure_part, source, tasks(), step.advance))
+    numbers = joined_in_order(parts)
+    measured = {t.name: Measured.joined([found[number] for number in numbers[t.name]]) for t in tensors}
     mopeq = _mopeq_by_layer(tensors, measured)
     errors = {
-        tensor.name: measured[tensor.name].priced(_prices(tensor, statistics, _own_mopeq(tensor, measured, mopeq)))
+        tensor.name: measured[tensor.name].priced(pricings(tensor, statistics, _own_mopeq(tensor, measured, mopeq)))
         for tensor in tensors
     }
     unrouted = imatrix.unrouted if imatrix is not None else ()
@@ -89,16 +88,22 @@ def measure_sensitivity(
     return SensitivityTable(errors, mopeq, scores, quantize_with, unrouted, sample_rows, made_from)
 
 
-def _collect(waiting: deque[tuple[str, Measurement]], measured: dict[str, Measured], step: Step) -> None:
-    """Wait for the first; it stays among the waiting if it fails."""
-    name, first = waiting[0]
-    measured[name] = first.result(step.advance)
-    waiting.popleft()
-
-
-def _prices(tensor: SourceTensor, statistics: Statistics, mopeq: Sequence[float] | None) -> dict[str, list[Pricing]]:
-    """With ``mopeq`` None for how errors are weighed, which is known before the norms of a layer are."""
-    return pricings(tensor, statistics, [1.0] * tensor.n_matrices if mopeq is None else mopeq)
+def measure_part(source: Source, task: Measurement, tools: Tools) -> Measured:
+    """The work of one task."""
+    keep_freed_memory()
+    begun = Measuring(
+        PartSource(source, task.part),
+        task.part.tensor,
+        task.types,
+        task.pricings,
+        task.imatrix,
+        tools.ggml,
+        tools.pool,
+        padded_in=task.padded_in,
+        rows=task.rows,
+        first=task.part.first,
+    )
+    return begun.result(lambda: tools.advance(1))
 
 
 def _mopeq_by_layer(tensors: Sequence[SourceTensor], measured: Mapping[str, Measured]) -> dict[int, Doubles]:

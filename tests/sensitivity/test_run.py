@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from converters import CONVERTERS
 from mopeq_edge.emit import emit
+from mopeq_edge.engine.local import LocalEngine
 from mopeq_edge.ggml.library import load_ggml
 from mopeq_edge.ggml.types import BF16
 from mopeq_edge.plan.artifact import PER_EXPERT, STOCK
@@ -20,9 +21,9 @@ from mopeq_edge.plan.make import make_plan
 from mopeq_edge.plan.options import MapOptions, PlanOptions, parse_bits
 from mopeq_edge.progress import SilentProgress
 from mopeq_edge.sensitivity import measure, run
-from mopeq_edge.sensitivity.measure import Measurement
+from mopeq_edge.sensitivity.measure import Measuring
 from mopeq_edge.sensitivity.pricing import Statistics
-from mopeq_edge.sensitivity.sample import SampleRows, drawn_rows
+from mopeq_edge.sensitivity.sample import SampleRows, drawn_rows, rows_to_measure
 from mopeq_edge.sensitivity.scores import WEIGHT_MSE, Pricing
 from mopeq_edge.source.gguf import GGUFSource
 from mopeq_edge.source.huggingface import HuggingFaceSource
@@ -44,8 +45,9 @@ def test_norms_are_of_all_rows_in_whatever_pieces(
     for tensor in (down, query):
         prices = {WEIGHT_MSE: [Pricing(1.0)] * tensor.n_matrices}
         with ThreadPoolExecutor(2) as pool:
-            found = Measurement(
-                *(tiny_source, tensor, (tensor.type,), prices, None, load_ggml(), pool), sample_rows=sample_rows
+            found = Measuring(
+                *(tiny_source, tensor, (tensor.type,), prices, None, load_ggml(), pool),
+                rows=rows_to_measure(tensor, sample_rows),
             ).result()
         whole = [tiny_source.read(tensor, m).astype(np.float64) for m in range(tensor.n_matrices)]
         np.testing.assert_array_equal(found.largest, [np.abs(w).max() for w in whole])
@@ -63,8 +65,8 @@ def test_types_that_cannot_hold_a_weight_are_not_offered(tmp_path: Path, sample_
     save_file(weights, directory / "model.safetensors")
     source, types = open_source(directory, CONVERTERS, pre="gpt-2"), parse_types("MXFP4,Q4_0,Q5_0,Q8_0,F16")
     table = run.measure_sensitivity(
-        *(source, types, Statistics(), "none", load_ggml()),
-        **{"sample_rows": sample_rows, "threads": 1, "made_from": "", "progress": SilentProgress()},
+        *(source, types, Statistics(), "none", LocalEngine(1, load_ggml())),
+        **{"sample_rows": sample_rows, "made_from": "", "progress": SilentProgress()},
     )
     up = "blk.0.ffn_up_exps.weight"
     assert table.errors[up].types == ("BF16",)
