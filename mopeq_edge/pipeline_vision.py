@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from mopeq_edge.artifacts import digest
 from mopeq_edge.atomic import check_output
+from mopeq_edge.device_files import DeviceFile, device_files, total_bytes
 from mopeq_edge.errors import FormatError
+from mopeq_edge.memory.tower import TowerMemory, tower_memory
 from mopeq_edge.pipeline_context import Context
 from mopeq_edge.source.huggingface import HuggingFaceSource
-from mopeq_edge.vision.description import vision_beside, weights_file
+from mopeq_edge.source.model import Source
+from mopeq_edge.vision.description import WEIGHTS_ENDING, vision_beside, weights_file
 
 if TYPE_CHECKING:
     from converters.vision import Family
@@ -24,8 +27,8 @@ class Vision:
     """The vision file of a conversion."""
 
     path: Path
-    file_bytes: int
-    """Of the graph and of the weights beside it."""
+    files: tuple[DeviceFile, ...]
+    """The graph, and the weights beside it."""
     weights_type: str
     relative_error: float
     """Of the embeddings of a fixed picture, against F32."""
@@ -33,13 +36,17 @@ class Vision:
     def sentence(self) -> str:
         """What was written, and how far it is from F32."""
         error = "" if self.weights_type == "F32" else f"; relative error {self.relative_error:.2g} against F32"
-        size = f"{self.file_bytes:,} bytes with {self.path.name}.data, beside the budget"
-        return f"{self.path.name}: {self.weights_type}, {size}{error}"
+        return f"{self.path.name}: {self.weights_type}, {self.file_bytes:,} bytes with {self.files[1].name}{error}"
+
+    @property
+    def file_bytes(self) -> int:
+        return total_bytes(self.files)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values with units in their names."""
         return {
             "file_bytes": self.file_bytes,
+            "files": {file.name: file.nbytes for file in self.files},
             "output": self.path.name,
             "relative_error": self.relative_error,
             "type": self.weights_type,
@@ -55,6 +62,12 @@ class VisionRequest:
     out: Path
     kind: str
     made_from: str
+    tower: TowerMemory
+    """The files that will be there, to the byte, and the memory that they will take."""
+
+    @property
+    def files(self) -> tuple[DeviceFile, ...]:
+        return self.tower.files
 
 
 def check_vision(context: Context, output: Path, kind: str | None, *, force: bool) -> VisionRequest | None:
@@ -63,21 +76,40 @@ def check_vision(context: Context, output: Path, kind: str | None, *, force: boo
     Raises before anything is computed for settings that are not known, and where the file may not be replaced.
     """
     source = context.source
-    if kind is None or not isinstance(source, HuggingFaceSource):
+    if kind is None or not isinstance(source, HuggingFaceSource) or (family := family_of(source)) is None:
         return None
-    from converters.vision import find_family
-
-    family = find_family(source.config)
-    if family is None or not any(name.startswith(family.prefixes) for name in source.checkpoint.names):
-        return None
-    tower = family.read(source.path, source.config, source.checkpoint)
+    settings = family.read(source.path, source.config, source.checkpoint)
     out = vision_beside(output)
-    made_from = digest(["vision 1", context.source_sha256, kind, repr(tower)])
-    request = VisionRequest(source, family, out, kind, made_from)
+    made_from = digest(["vision 2", context.source_sha256, kind, repr(settings)])
+    tower = planned_tower(source, out.name, kind)
+    if tower is None:
+        return None
+    request = VisionRequest(source, family, out, kind, made_from, tower)
     if _kept(request) is None:
         for path in (out, weights_file(out)):
             check_output(path, context.inputs, force=force)
     return request
+
+
+def planned_tower(source: Source, name: str, kind: str) -> TowerMemory | None:
+    """The vision file ``name`` as ``convert`` would write it as ``kind``, from shapes alone; None if nothing sees."""
+    if not isinstance(source, HuggingFaceSource) or (family := family_of(source)) is None:
+        return None
+    from converters.vision import planned_graph
+
+    graph, weights_bytes = planned_graph(source.checkpoint, family, source.path, source.config, name, kind)
+    graph_bytes = len(graph.SerializeToString(deterministic=True))
+    files = DeviceFile(name, graph_bytes), DeviceFile(f"{name}{WEIGHTS_ENDING}", weights_bytes)
+    return tower_memory(graph, kind, files)
+
+
+def family_of(source: HuggingFaceSource) -> Family | None:
+    """How the vision side of ``source`` is built; None for a model that sees nothing."""
+    from converters.vision import find_family
+
+    family = find_family(source.config)
+    found = family is not None and any(name.startswith(family.prefixes) for name in source.checkpoint.names)
+    return family if found else None
 
 
 def run_vision(context: Context, request: VisionRequest | None) -> Vision | None:
@@ -100,7 +132,7 @@ def run_vision(context: Context, request: VisionRequest | None) -> Vision | None
             threads=context.threads,
         )
         step.advance()
-    return Vision(request.out, written.file_bytes, request.kind, written.description.relative_error)
+    return Vision(request.out, device_files(request.out), request.kind, written.description.relative_error)
 
 
 def _kept(request: VisionRequest) -> Vision | None:
@@ -115,4 +147,4 @@ def _kept(request: VisionRequest) -> Vision | None:
         return None
     if found.description.made_from != request.made_from:
         return None
-    return Vision(request.out, found.file_bytes, request.kind, found.description.relative_error)
+    return Vision(request.out, device_files(request.out), request.kind, found.description.relative_error)

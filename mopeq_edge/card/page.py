@@ -96,12 +96,17 @@ class Card:
         parts = ["## How to run"]
         stock = [file for file in self.files if file.layout != PER_EXPERT]
         grouped = [file for file in self.files if file.layout == PER_EXPERT]
-        if any(len(file.sha256) > 1 for file in self.files):
+        if any(len(file.sha256) > 1 + len(file.beside) for file in self.files):
             parts.append("Of a model in several files give the first; the others belong in the same directory.")
         if stock:
             name = shlex.quote(stock[0].name)
             parts.append(f"In any llama.cpp that knows {markdown(stock[0].architecture)}:")
             parts.append(f"```\nllama-cli -m {name} -p Hello\nllama-server -m {name} --port 8080\n```")
+        eyes = next((file for file in self.files if file.beside), None)
+        if eyes is not None:
+            sizes = ", ".join(f"{markdown(name)} ({n:,} bytes)" for name, n in eyes.beside.items())
+            parts.append(f"With pictures, from {sizes} in the same directory:")
+            parts.append(f"```\nmopeq-edge run {shlex.quote(eyes.name)} --image photo.jpg -p 'What is this?'\n```")
         if grouped:
             names = ", ".join(markdown(file.name) for file in grouped)
             name = shlex.quote(grouped[0].name)

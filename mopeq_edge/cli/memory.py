@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 @click.option("--no-flash-attn", is_flag=True, help="llama.cpp's --flash-attn off.")
 @click.option("--swa-full", is_flag=True, help="Layers with a sliding window keep the whole context.")
 @click.option("--mmproj", type=FILE, help="A vision model beside it.")
+@click.option("--vision", "eyes", type=FILE, help="What sees pictures (default: the .vision.onnx beside MODEL).")
 @click.option("--model", "source", type=FILE, help="The source of a plan.json.")
 @click.option("--memory", help="Judge for a device with so much memory, e.g. 8GiB (default: what is free here).")
 @click.option("--unified/--no-unified", default=None, help="Whether the GPU shares the memory (default: as here).")
@@ -60,6 +61,7 @@ def memory(
     no_flash_attn: bool,
     swa_full: bool,
     mmproj: Path | None,
+    eyes: Path | None,
     source: Path | None,
     memory: str | None,
     unified: bool | None,
@@ -85,8 +87,10 @@ def memory(
     from mopeq_edge.memory.predict import predict
     from mopeq_edge.memory.repack import this_cpu
     from mopeq_edge.memory.settings import CACHE_TYPES, Settings
+    from mopeq_edge.memory.tower import tower_of_file
     from mopeq_edge.memory.verdict import judge, parse_memory
     from mopeq_edge.split import read_parts
+    from mopeq_edge.vision.description import vision_beside
 
     settings = Settings(
         ctx=ctx,
@@ -106,7 +110,9 @@ def memory(
     found = replace(open_model(model, source, pre, keep_mtp), name=os.fspath(model))
     vision = read_parts(mmproj) if mmproj is not None else ()
     cpu = this_cpu()
-    prediction = predict(found, settings, cpu, vision)
+    if eyes is None and vision_beside(model).is_file():
+        eyes = vision_beside(model)
+    prediction = predict(found, settings, cpu, vision, tower_of_file(eyes) if eyes is not None else None)
     device = probe()
     limit = parse_memory(memory) if memory is not None else device.usable
     shared = bool(device.unified) if unified is None else unified
@@ -193,6 +199,8 @@ def _print(
     rows.append(("resident", both(prediction.host)))
     if prediction.peak > prediction.host:
         rows.append(("while loading", both(prediction.peak)))
+    if prediction.tower:
+        rows.append(("seeing, before the model is loaded", f"{both(prediction.tower)} (estimated)"))
     if prediction.droppable:
         rows.append(("needed", f"{both(prediction.needed)}, without pages that nothing reads again"))
     if prediction.gpu:

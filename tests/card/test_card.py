@@ -183,3 +183,18 @@ def test_the_card_is_written_whole_and_replaces_nothing_unasked(tmp_path: Path) 
 def test_files_of_two_models_are_refused(tmp_path: Path) -> None:
     other = model(tmp_path / "b.gguf", **{"olmoe.expert_count": KV(ValueType.UINT32, 9)})
     assert isinstance(card(model(tmp_path / "a.gguf"), other).exception, MopeqError)
+
+
+def test_what_sees_pictures_is_listed(tmp_path: Path) -> None:
+    out = model(tmp_path / "m.gguf")
+    for name, content in (("m.vision.onnx", b"graph"), ("m.vision.onnx.data", b"weights")):
+        (tmp_path / name).write_bytes(content)
+    text = card(out).stdout
+    assert "With pictures, from m.vision.onnx (5 bytes), m.vision.onnx.data (7 bytes) in the same directory:" in text
+    assert "mopeq-edge run m.gguf --image photo.jpg -p" in text
+    assert "give the first" not in text
+    for name in ("m.gguf", "m.vision.onnx", "m.vision.onnx.data"):
+        assert f"{hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()}  {name}" in text
+    (tmp_path / "m.vision.onnx.data").unlink()
+    refused = card(out)
+    assert "its weights, m.vision.onnx.data, are not beside it" in str(refused.exception)
