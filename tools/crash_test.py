@@ -66,7 +66,17 @@ def _plan(*more: str) -> Callable[[Path, Path, Path], list[str]]:
 
 def _convert(model: Path, text: Path, run: Path) -> list[str]:
     return [
-        *("convert", str(model), str(run / "out.gguf"), "--text", str(text), "--target-gb", GB, "--force"),
+        *(
+            "convert",
+            str(model),
+            str(run / "out.gguf"),
+            "--text",
+            str(text),
+            "--target-gb",
+            GB,
+            "--force",
+            "--no-report",
+        ),
         *("--window", "64", "--chunks", "3", "--layout", "per-expert", *_work(run)),
     ]
 

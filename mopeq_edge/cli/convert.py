@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("--eval-text", type=FILE, help="Text to validate on (default: the calibration text's held-out tail).")
 @click.option("--no-evaluate", is_flag=True, help="Do not run the result in llama.cpp.")
 @options.vision_options
+@click.option("--no-report", is_flag=True, help="Do not write OUT.report.html at the end.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @options.work_option
 @options.source_options
@@ -45,15 +46,23 @@ def convert(model: Path, out: Path, **given: Any) -> None:
       mopeq-edge convert OLMoE-1B-7B out.gguf --target-gb 4 --text corpus.txt
     """
     from mopeq_edge.alone import alone
+    from mopeq_edge.atomic import check_output
     from mopeq_edge.cli.console import console_progress, print_json, print_table
+    from mopeq_edge.cli.report import LEFT_OUT, default_output, report_of_conversion
 
     work = options.work_directory_of_output(given["work_dir"], out)
+    page = None if given["no_report"] else default_output(out)
+    if page is not None:
+        check_output(page, [], force=given["force"])
     with console_progress() as progress, alone(work, out):
         result = _run(model, out, given, progress)
+        written = report_of_conversion(result.files[0], work, page, progress) if page is not None else ""
     if given["as_json"]:
         print_json(result.as_dict())
+        if written.startswith(LEFT_OUT):
+            click.echo(f"note: report {written}", err=True)
     else:
-        print_table(_table(result))
+        print_table(_table(result, written))
 
 
 def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Converted:
@@ -112,7 +121,7 @@ def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Conver
     )
 
 
-def _table(result: Converted) -> Any:
+def _table(result: Converted, report: str) -> Any:
     from mopeq_edge.cli.console import rows_table
     from mopeq_edge.cli.stages import padding_row, planner_row, size_of
     from mopeq_edge.units import format_bytes
@@ -151,4 +160,6 @@ def _table(result: Converted) -> Any:
         rows.append(("memory", result.fit.sentence()))
     if result.forecast is not None:
         rows.append(("layouts", result.forecast.sentence()))
+    if report:
+        rows.append(("report", report))
     return rows_table(str(result.files[0]), rows)

@@ -38,7 +38,20 @@ class Converted:
 
 def convert(model: Path, out: Path, work: Path, *options: object) -> Result:
     given = ["--work-dir", work, "--text", EXAMPLE_TEXT, "--chunks", 2, "--window", 64, "--threads", 1, "--no-evaluate"]
-    args = ["convert", model, out, "--target-bpw", 9, *given, "--no-fisher", "--types", "Q8_0", "--json", *options]
+    args = [
+        "convert",
+        model,
+        out,
+        "--target-bpw",
+        9,
+        "--no-report",
+        *given,
+        "--no-fisher",
+        "--types",
+        "Q8_0",
+        "--json",
+        *options,
+    ]
     return CliRunner().invoke(cli, [str(arg) for arg in args])
 
 
