@@ -31,6 +31,8 @@ class Context:
     progress: Progress
     checkpoint: tuple[Path, ...] = ()
     """Files of the directory that the source, a GGUF in the work directory, was made of."""
+    directory: Path | None = None
+    """The Hugging Face directory that the source is, or was made of; None for a GGUF of the user's."""
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -71,7 +73,7 @@ def open_context(
     if keep_mtp:
         # another model of the same files: what was measured or written without its further blocks must not serve it
         content = digest(["with MTP", content])
-    return Context(source, content, directory, threads, progress, checkpoint)
+    return Context(source, content, directory, threads, progress, checkpoint, model if model.is_dir() else None)
 
 
 def open_header(
