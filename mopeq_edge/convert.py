@@ -184,7 +184,9 @@ def convert(context: Context, request: ConvertRequest) -> Converted:
     tower = eyes.tower if eyes is not None else None
     budget, fits = request.budget, request.fits
     if fits is not None:
-        fits = replace(fits, tower=tower, beside=request.beside)
+        # an mmproj is in memory together with the model
+        with_it = eyes.files if eyes is not None and tower is None else ()
+        fits = replace(fits, tower=tower, beside=(*with_it, *request.beside))
         budget = first_budget(context, fits)
     elif budget is not None:
         budget = replace(budget, beside=(*(eyes.files if eyes is not None else ()), *request.beside))

@@ -25,6 +25,7 @@ from mopeq_edge.split import read_parts
 from mopeq_edge.summary import summarise
 from mopeq_edge.validate.structure import find_plan
 from mopeq_edge.vision.description import vision_beside
+from mopeq_edge.vision.mmproj import mmproj_beside
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,10 @@ def read_card_file(path: Path, work: Path, progress: Progress) -> CardFile:
     found = summarise(path)
     if found.architecture is None:
         raise MopeqError(f"{path}: no model but a file of type '{found.kind}'; give a GGUF of a model")
+    if found.projector is not None:
+        raise MopeqError(
+            f"{path}: is no model but what sees pictures for one; give the model that it is for, which names it too"
+        )
     plan, _ = find_plan(headers, work)
     kvs = headers[0]
     types: dict[str, Counter[str]] = {}
@@ -97,8 +102,8 @@ def read_card_file(path: Path, work: Path, progress: Progress) -> CardFile:
     real = expert_weights - (found.n_weights - n_weights)
     expert_bytes = found.bytes_by_role.get(Role.EXPERT.value, 0)
     dataset = _text(kvs, "quantize.imatrix.dataset")
-    eyes = vision_beside(path)
-    beside = device_files(eyes) if eyes.is_file() else ()
+    eyes = [found for found in (vision_beside(path), mmproj_beside(path)) if found.is_file()]
+    beside = device_files(eyes[0]) if eyes else ()
     return CardFile(
         name=path.name,
         layout=found.layout,

@@ -62,9 +62,13 @@ class Card:
         lines += yaml_lines("base_model_relation", "quantized" if origin.base_model else "")
         lines += yaml_lines("license", origin.license[0] if len(origin.license) == 1 else origin.license)
         lines += yaml_lines("license_name", origin.license_name) + yaml_lines("license_link", origin.license_link)
-        lines += yaml_lines("library_name", "gguf") + yaml_lines("pipeline_tag", "text-generation")
+        lines += yaml_lines("library_name", "gguf") + yaml_lines("pipeline_tag", self._task)
         lines += yaml_lines("language", origin.language) + yaml_lines("tags", self.tags)
         return "\n".join([*lines, "---"])
+
+    @property
+    def _task(self) -> str:
+        return "image-text-to-text" if any(file.beside for file in self.files) else "text-generation"
 
     def _table(self) -> str:
         measured = any(file.measured for file in self.files)

@@ -39,7 +39,8 @@ def inspect(
     A directory with an architecture that no converter of ours knows is asked through llama.cpp's own script, without
     converting it.
 
-    For a GGUF whose experts are in groups of different types: what they are, and what runs it.
+    For a GGUF whose experts are in groups of different types, or that sees pictures for another (mmproj): what it is,
+    and what runs it.
 
     \b
     Example:
@@ -52,16 +53,16 @@ def inspect(
     from mopeq_edge.pipeline_calibrate import load_routing_by_kind
     from mopeq_edge.plan.candidates import parse_floors, parse_types
     from mopeq_edge.plan.options import PlanOptions
-    from mopeq_edge.summary import summarise_grouped
+    from mopeq_edge.summary import summarise_finished
     from mopeq_edge.workdir import WorkDirectory
 
-    grouped = summarise_grouped(model)
-    if grouped is not None:
+    finished = summarise_finished(model)
+    if finished is not None:
         if as_json:
-            print_json(grouped.as_dict())
+            print_json(finished.as_dict())
             return
-        click.echo(grouped.sentence())
-        print_table(_grouped_table(grouped))
+        click.echo(finished.sentence())
+        print_table(_finished_table(finished))
         return
     request = PlanOptions("weight-mse", parse_types(types), parse_floors(floors))
 
@@ -102,7 +103,7 @@ def _table(model: Path, found: Any, by_kind: RoutingByKind | None) -> Any:
     return rows_table(str(model), rows)
 
 
-def _grouped_table(found: Summary) -> Any:
+def _finished_table(found: Summary) -> Any:
     from mopeq_edge.cli.console import rows_table
     from mopeq_edge.source.roles import projection_of
     from mopeq_edge.summary import experts_by_type
@@ -111,14 +112,17 @@ def _grouped_table(found: Summary) -> Any:
     def mix(sizes: dict[str, int], show: Any) -> str:
         return ", ".join(f"{name} {show(size)}" for name, size in sizes.items())
 
-    rows = [
-        ("architecture", f"{found.architecture}, gguf"),
-        ("layers", str(found.n_layer)),
-        ("experts", f"{found.n_expert}, {found.n_expert_used} used per token"),
+    rows = [("architecture", f"{found.architecture}, gguf")]
+    if found.stacks:
+        rows.append(("layers", str(found.n_layer)))
+        rows.append(("experts", f"{found.n_expert}, {found.n_expert_used} used per token"))
+    rows += [
         ("weights", f"{found.n_weights:,}"),
         ("file", f"{found.file_bytes:,} bytes ({found.bpw:.3f} bpw)"),
         ("types", mix(found.bytes_by_type, format_bytes)),
     ]
+    if not found.stacks:
+        return rows_table(str(found.path), rows)
     if len(found.stacks) <= STACKS_SHOWN:
         rows += [(stack.name.removesuffix(".weight"), mix(experts_by_type([stack]), str)) for stack in found.stacks]
         return rows_table(f"{found.path}, experts by type", rows)

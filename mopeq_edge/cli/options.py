@@ -155,10 +155,11 @@ budget_options = _stack(
 vision_options = _stack(
     click.option(
         "--vision-type",
-        type=click.Choice(["F16", "F32", "INT8"]),
+        type=click.Choice(["F16", "F32", "INT8", "BF16", "Q8_0"]),
         default="F16",
         show_default=True,
-        help="Type of the matrices that see pictures, in OUT's .vision.onnx; they are part of the budget.",
+        help="Type of the matrices that see pictures, in OUT's .vision.onnx (F16, F32, INT8) or, where llama.cpp sees "
+        "with the model, in mmproj-OUT (F16, F32, BF16, Q8_0); they are part of the budget.",
     ),
     click.option("--text-only", is_flag=True, help="Leave out what sees pictures."),
     click.option(
@@ -166,7 +167,7 @@ vision_options = _stack(
         "beside",
         type=FILE,
         multiple=True,
-        help="Another file that the device loads (an mmproj, say): its bytes are part of the budget.",
+        help="Another file that the device loads (a draft model, say): its bytes are part of the budget.",
     ),
 )
 """``--vision-type``, ``--text-only`` and ``--beside``: what a device loads beside the GGUF."""

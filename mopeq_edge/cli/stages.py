@@ -217,8 +217,9 @@ def _beside(context: Context, given: dict[str, Any]) -> tuple[TowerMemory | None
     """What the device loads beside the GGUF: the vision file, the one that is given or the one to come, and others."""
     from mopeq_edge.device_files import device_files
     from mopeq_edge.memory.tower import tower_of_file
-    from mopeq_edge.pipeline_vision import planned_tower
+    from mopeq_edge.pipeline_vision import planned_mmproj, planned_tower
     from mopeq_edge.vision.description import ENDING
+    from mopeq_edge.vision.mmproj import PREFIX
 
     seen = [path for path in given["beside"] if path.name.endswith(ENDING)]
     others = tuple(file for path in given["beside"] if path not in seen for file in device_files(path))
@@ -226,8 +227,11 @@ def _beside(context: Context, given: dict[str, Any]) -> tuple[TowerMemory | None
         return None, others
     if seen:
         return tower_of_file(seen[-1]), others
-    name = f"{context.work.path.name.removesuffix('.mopeq')}{ENDING}"
-    return planned_tower(context.source, name, given["vision_type"]), others
+    name = context.work.path.name.removesuffix(".mopeq")
+    tower = planned_tower(context.source, f"{name}{ENDING}", given["vision_type"])
+    if tower is None and not any(path.name.startswith(PREFIX) for path in given["beside"]):
+        others += planned_mmproj(context, Path(f"{name}.gguf"), given["vision_type"])
+    return tower, others
 
 
 def plan_table(made: Plan, comparison: Forecast | None, fit: Fit | None) -> Any:

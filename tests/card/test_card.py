@@ -139,6 +139,16 @@ def test_strings_of_strangers(tmp_path: Path) -> None:
     assert markdown("a|b\n_c_") == "a\\|b \\_c\\_"
 
 
+def test_what_sees_pictures_beside_it(tmp_path: Path) -> None:
+    file = model(tmp_path / "out.gguf")
+    eyes = tmp_path / "mmproj-out.gguf"
+    write_raw_gguf(eyes, {"general.type": string("mmproj")}, [])
+    done = card(file)
+    assert metadata(done)["pipeline_tag"] == "image-text-to-text"
+    assert "mopeq-edge run out.gguf --image photo.jpg" in done.stdout
+    assert f"{hashlib.sha256(eyes.read_bytes()).hexdigest()}  mmproj-out.gguf" in done.stdout
+
+
 def test_per_expert_and_split(tmp_path: Path) -> None:
     grouped = tmp_path / "g.gguf"
     stack = "blk.0.ffn_up_exps"
