@@ -11,7 +11,7 @@ FUZZ_SECONDS ?= 60
 # a process for each core, with one thread each in torch
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
-.PHONY: setup runtime stock browser demo test unit check fuzz format table clean
+.PHONY: setup runtime stock browser demo test unit check fuzz format table bench clean
 
 setup: $(READY)
 
@@ -72,6 +72,10 @@ fuzz: $(READY)
 table: runtime
 	$(BIN)/python -m tools.compare_presets examples/tiny-olmoe --work-dir demo/presets
 	$(BIN)/python -m tools.compare_layouts examples/tiny-olmoe --work-dir demo/presets
+
+# Time and memory against llama.cpp's own tools: the table of docs/performance.md. BENCH=--quick takes minutes.
+bench: runtime
+	$(BIN)/python -m tools.bench $(BENCH)
 
 clean:
 	rm -rf $(VENV) demo

@@ -40,6 +40,7 @@ from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.forecast import Forecast
 from mopeq_edge.plan.options import PlanOptions
 from mopeq_edge.sensitivity.pricing import Statistics, require_scores
+from mopeq_edge.sensitivity.sample import AUTO, SampleRows
 from mopeq_edge.sensitivity.scores import FISHER, FISHER_TRACE, IMATRIX
 from mopeq_edge.split import check_parts
 
@@ -65,7 +66,7 @@ class ConvertRequest:
     calibration: CalibrationRequest
     options: PlanOptions
     quantize_with: str = "auto"
-    sample_rows: int | None = None
+    sample_rows: SampleRows = AUTO
     evaluation_text: Path | None = None
     evaluate: bool = True
     force: bool = False

@@ -21,6 +21,7 @@ from mopeq_edge.ggml.library import Bytes, Floats, Quantizer
 from mopeq_edge.ggml.types import F16_MAX, NEEDS_IMATRIX, WIDE, GgmlType
 from mopeq_edge.gguf_file import KV, read_header
 from mopeq_edge.gguf_layout import Layout
+from mopeq_edge.heap import keep_freed_memory
 from mopeq_edge.imatrix import Imatrix
 from mopeq_edge.progress import Progress, Step
 from mopeq_edge.source.model import Source, SourceTensor, magnitude
@@ -53,6 +54,7 @@ def emit(
     flight. The bytes do not depend on threads.
     An expert has the same bits in a group as in a stack of the group's type.
     """
+    keep_freed_memory()
     with (
         whole_files(source, types, kvs, imatrix, path, split_bytes) as files,
         ThreadPoolExecutor(threads) as pool,

@@ -29,6 +29,7 @@ from mopeq_edge.plan.options import PlanOptions
 from mopeq_edge.plan.per_expert import expert_stacks
 from mopeq_edge.sensitivity.pricing import Statistics, require_scores
 from mopeq_edge.sensitivity.run import measure_sensitivity
+from mopeq_edge.sensitivity.sample import SampleRows
 from mopeq_edge.sensitivity.table import SensitivityTable, read_table, write_table
 from mopeq_edge.source.model import Source
 from mopeq_edge.source.padded import PaddedSource, expert_padding
@@ -43,7 +44,7 @@ def run_sensitivity(
     calibrated: Calibrated | None,
     types: tuple[GgmlType, ...],
     quantize_with: str,
-    sample_rows: int | None,
+    sample_rows: SampleRows,
 ) -> SensitivityTable:
     """The sensitivity stage; ``calibrated`` None measures without an imatrix."""
     inputs = [context.source_sha256, calibrated.made_from if calibrated else NO_IMATRIX]
@@ -51,7 +52,7 @@ def run_sensitivity(
         inputs.append(f"padded to {padding.padded}")
     if calibrated is not None and calibrated.statistics.traces is not None:
         inputs.append(calibrated.statistics.traces.made_from)
-    made_from = digest(["sensitivity 3", *inputs, sorted(t.name for t in types), quantize_with, sample_rows])
+    made_from = digest(["sensitivity 4", *inputs, sorted(t.name for t in types), quantize_with, sample_rows])
     stage, name = f"sensitivity-{quantize_with}", f"sensitivity-{quantize_with}.safetensors"
     if not context.work.has(stage, made_from):
         table = measure_sensitivity(

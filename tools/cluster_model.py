@@ -31,8 +31,9 @@ from mopeq_edge.ggml.types import BF16, GgmlType
 from mopeq_edge.gguf_file import KV
 from mopeq_edge.imatrix import Entry, Imatrix
 from mopeq_edge.plan.candidates import parse_types
-from mopeq_edge.sensitivity.measure import TensorErrors
-from mopeq_edge.sensitivity.run import Measurement, measure_part, norms_of_part
+from mopeq_edge.sensitivity.measure import Measured
+from mopeq_edge.sensitivity.run import Measurement, measure_part
+from mopeq_edge.sensitivity.sample import Rows
 from mopeq_edge.sensitivity.scores import Pricing
 from mopeq_edge.source.checkpoint import Checkpoint
 from mopeq_edge.source.model import Bytes, Floats, Source, SourceTensor
@@ -95,6 +96,7 @@ class Rates:
     read: float
     """Reading from the page cache and multiplying out, which is part of the others."""
     norms: float
+    """Reading all of a matrix for its norm and for what scores make of its rows: of every weight."""
     measure: float
     """All candidate types and scores, of each weight that is measured."""
     types: int
@@ -137,16 +139,19 @@ def measure_rates(folder: Path, report: Callable[[str], None]) -> Rates:
         return next(iter(engine.map(work, source, [what], lambda _: None)))[1]
 
     read = best("read and multiply out", lambda: source.read(tensor)) / n
-    norms = best("norms", lambda: task(norms_of_part, part)) / n
+    rows = Rows(MEASURED_ROWS, MEASURED_ROWS)
+    plain = Measurement(part, (BF16,), prices, imatrix, N_IN, rows)
+    norms = best("read, norms", lambda: task(measure_part, plain)) / n
     chosen = tuple(kind for kind in types if kind.fits(N_IN))
-    work = Measurement(part, (*chosen, BF16), prices, imatrix, N_IN, MEASURED_ROWS)
-    measured: TensorErrors | None = None
+    work = Measurement(part, (*chosen, BF16), prices, imatrix, N_IN, rows)
+    measured: Measured | None = None
 
     def run_measure() -> None:
         nonlocal measured
         measured = task(measure_part, work)
 
-    measure = best(f"measure {MEASURED_ROWS} rows, {len(chosen)} types", run_measure, 2) / (MEASURED_ROWS * N_IN)
+    seconds = best(f"measure {MEASURED_ROWS} rows, {len(chosen)} types", run_measure, 2)
+    measure = (seconds - norms * n) / (MEASURED_ROWS * N_IN)
     assert measured is not None
     out = folder / "out"
     out.touch()
@@ -226,9 +231,8 @@ def stages_of(rates: Rates, sample_rows: int | None) -> dict[str, list[Task]]:
     )
     file_bytes = EMIT_BPW / 8
     return {
-        "norms": [Task(part.n_weights * rates.norms, part.n_weights * FP8_BYTES) for part in parts],
         "measure": [
-            Task(part.n_weights * measured(part) * rates.measure, part.n_weights * measured(part) * FP8_BYTES)
+            Task(part.n_weights * (rates.norms + measured(part) * rates.measure), part.n_weights * FP8_BYTES)
             for part in parts
         ],
         "emit": [Task(n * rates.emit, n * FP8_BYTES, n * file_bytes) for n in writes],

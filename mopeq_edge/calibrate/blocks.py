@@ -19,6 +19,7 @@ from mopeq_edge.calibrate.experts import ExpertWeights, RoutedExperts, Tap, gate
 from mopeq_edge.calibrate.latent import ATTENTION, LatentWatch
 from mopeq_edge.errors import CalibrationError, SourceError, printable
 from mopeq_edge.ggml.types import BF16, F16, MXFP4, GgmlType
+from mopeq_edge.heap import return_freed_memory
 from mopeq_edge.imatrix import EMBEDDING
 from mopeq_edge.source.converter import Part
 from mopeq_edge.source.huggingface import HuggingFaceSource
@@ -133,6 +134,7 @@ class BlockModel:
             if original is not None:
                 setattr(ffn, attribute, original)
             block.to("meta")
+            return_freed_memory()
 
     @contextmanager
     def final_norm(self) -> Iterator[nn.Module]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -101,16 +101,20 @@ class Recorder(HookedOutputs):
         self, name: str, x: Tensor, matrix: int = 0, n_matrices: int = 1, *, tokens: Tensor | None = None
     ) -> None:
         """``x`` [n_tokens, n_in] goes into one matrix of the GGUF tensor ``name``."""
-        squares = x.detach().square().sum(dim=0, dtype=torch.float64).numpy()
+        # float32 until a window is summed: torch adds in a tree
+        squares = x.detach().square().sum(dim=0).to(torch.float64).numpy()
         self.activation.add(name, n_matrices, matrix, squares, x.shape[0])
 
     def saw_gradient(
         self, name: str, x: Tensor, g: Tensor, matrix: int = 0, n_matrices: int = 1, *, tokens: Tensor | None = None
     ) -> None:
         """``x`` [n_tokens, n_in] made an output that got the gradient ``g``, n_out numbers a token."""
-        weights = g.reshape(len(x), -1).square().sum(dim=1, dtype=torch.float64)
-        squares = weights @ x.detach().square().to(torch.float64)
-        self.gradient.add(name, n_matrices, matrix, squares.numpy(), x.shape[0])
+        weights = g.reshape(len(x), -1).square().sum(dim=1)
+        # gradients are tiny, and float32 has no products of tiny numbers
+        largest = weights.max().clamp_min(torch.finfo(weights.dtype).tiny)
+        squares = (weights / largest) @ x.detach().square()
+        total = (squares.to(torch.float64) * largest).numpy()
+        self.gradient.add(name, n_matrices, matrix, total, x.shape[0])
 
 
 class Tap:
@@ -149,6 +153,23 @@ def gated_by(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor
     return lambda gate, up: activation(gate) * up
 
 
+class _Scratch(threading.local):
+    """Where a thread has the one matrix that it computes with, in the type that it computes in.
+
+    A new array each time would leave a hole in the heap that the graph's small results then fill.
+    """
+
+    buffer: Tensor | None = None
+
+    def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """``weight`` in ``dtype``, until the thread's next call."""
+        if weight.dtype == dtype:
+            return weight
+        if self.buffer is None or self.buffer.dtype != dtype or self.buffer.numel() < weight.numel():
+            self.buffer = torch.empty(weight.numel(), dtype=dtype)
+        return self.buffer[: weight.numel()].view(weight.shape).copy_(weight)
+
+
 class RoutedExperts(nn.Module):
     """Stands in for transformers' packed experts: same call, one expert after the other, recorded.
 
@@ -159,6 +180,7 @@ class RoutedExperts(nn.Module):
     def __init__(self, weights: ExpertWeights, gated: Callable[[Tensor, Tensor], Tensor], tap: Tap) -> None:
         super().__init__()
         self.weights, self.gated, self.tap = weights, gated, tap
+        self._scratch = _Scratch()
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         w, recorder = self.weights, self.tap.recorder
@@ -166,22 +188,26 @@ class RoutedExperts(nn.Module):
         output = torch.zeros_like(hidden_states)
         if recorder is not None:
             top_k_index, top_k_weights = recorder.route(top_k_index, top_k_weights, n_expert)
-        for expert in range(n_expert):
-            token, slot = torch.where(top_k_index == expert)
+        chosen = top_k_index.reshape(-1)
+        # slots by expert, and an expert's in the order of its tokens
+        order = torch.argsort(chosen, stable=True)
+        counts = torch.bincount(chosen, minlength=n_expert).tolist()
+        tokens = order // top_k_index.shape[1]
+        shares = torch.split(top_k_weights.reshape(-1)[order, None], counts)
+        inputs = _gathered(hidden_states, tokens, counts)
+        for expert, (token, share, x) in enumerate(zip(torch.split(tokens, counts), shares, inputs, strict=True)):
             if not len(token):
                 continue
-            x = hidden_states[token]
-            gate = _linear(x, w.gate[expert])
-            up = _linear(x, w.up[expert])
+            gate = _linear(x, w.gate[expert], self._scratch)
+            up = _linear(x, w.up[expert], self._scratch)
             inner = self.gated(self._biased("gate", gate, expert), self._biased("up", up, expert))
-            down = _linear(inner, w.down[expert])
+            down = _linear(inner, w.down[expert], self._scratch)
             if recorder is not None:
                 for projection, into, out in (("gate", x, gate), ("up", x, up), ("down", inner, down)):
                     name = f"blk.{w.layer}.ffn_{projection}_exps.weight"
                     recorder.saw_input(name, into, expert, n_expert, tokens=token)
                     recorder.watch_output(name, into, out, expert, n_expert, tokens=token)
-            weighted = self._biased("down", down, expert) * top_k_weights[token, slot, None]
-            output = output.index_add(0, token, weighted)
+            output.index_add_(0, token, self._biased("down", down, expert) * share)
         return output
 
     def _biased(self, projection: str, product: Tensor, expert: int) -> Tensor:
@@ -189,21 +215,30 @@ class RoutedExperts(nn.Module):
         return product if bias is None else product + bias[expert].to(product.dtype)
 
 
+def _gathered(x: Tensor, tokens: Tensor, counts: list[int]) -> Iterable[Tensor]:
+    """The rows ``tokens`` of ``x`` in pieces of ``counts`` rows, one piece after the other where that is enough."""
+    if x.requires_grad:
+        # gradients come back in one piece: by themselves, each expert's would be as large as x
+        return torch.split(x[tokens], counts)
+    return (x[piece] for piece in torch.split(tokens, counts))
+
+
 class _Linear(torch.autograd.Function):
     """x W^T with W in any type: the graph keeps W as it is, where torch's own would keep a float32 copy."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scratch: _Scratch) -> Tensor:
         ctx.save_for_backward(weight)
-        return nn.functional.linear(x, weight.to(x.dtype))
+        ctx.scratch = scratch
+        return nn.functional.linear(x, scratch.cast(weight, x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         (g,) = upstream
-        return g @ weight.to(g.dtype), None
+        return g @ ctx.scratch.cast(weight, g.dtype), None, None
 
 
-def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    y: Tensor = _Linear.apply(x, weight)  # type: ignore[no-untyped-call]
+def _linear(x: Tensor, weight: Tensor, scratch: _Scratch) -> Tensor:
+    y: Tensor = _Linear.apply(x, weight, scratch)  # type: ignore[no-untyped-call]
     return y

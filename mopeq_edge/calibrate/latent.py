@@ -63,17 +63,19 @@ class LatentWatch:
         return cat(pieces, dim=-1)
 
     def attended(self, query: Tensor, attention: Callable[[Tensor], Tensor]) -> None:
-        """``query`` [1, n_head, n_tokens, n]; ``attention(values)`` applies a window's attention to other values."""
+        """``query`` [n_windows, n_head, n_tokens, n]; ``attention(values)`` applies theirs to other values."""
         recorder = self.tap.recorder
         # a window runs again for its gradients, its activations are known by then
         if recorder is None or query.requires_grad:
             return
         n_head = self.keys.n_matrices
         latent: Tensor = self._local.latent
-        mixed = attention(latent.expand(1, n_head, *latent.shape))
+        latent = latent.reshape(len(query), 1, -1, latent.shape[-1])
+        mixed = attention(latent.expand(-1, n_head, -1, -1))
         for head in range(n_head):
-            recorder.saw_input(self.keys.name, query[0, head, :, : self.keys.n_in], head, n_head)
-            recorder.saw_input(self.values.name, mixed[0, :, head], head, n_head)
+            keys = query[:, head, :, : self.keys.n_in].reshape(-1, self.keys.n_in)
+            recorder.saw_input(self.keys.name, keys, head, n_head)
+            recorder.saw_input(self.values.name, mixed[:, :, head].reshape(-1, latent.shape[-1]), head, n_head)
 
 
 def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Any:

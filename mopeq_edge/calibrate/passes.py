@@ -27,6 +27,10 @@ from mopeq_edge.progress import Progress, Step
 Positions = dict[str, Any]
 T = TypeVar("T")
 
+FORWARD_TOKENS, BACKWARD_TOKENS = 2048, 512
+"""Tokens of windows that go through a block together, at the most (one window at least): so each expert gets more of
+them at a time. Backward every product is kept until its gradient comes."""
+
 LOGITS_AT_ONCE = 2**22
 """Logits that one thread holds: those of a window of a large vocabulary would need more memory than a block."""
 
@@ -42,20 +46,39 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def each_window(work: Callable[[int], T], n_windows: int, threads: int, step: Step) -> Iterator[T]:
-    """``work(window)`` for all windows, results in window order, at most ``2 * threads`` waiting."""
+def each_window(
+    work: Callable[[int], T], n_windows: int, threads: int, step: Step, size: Callable[[int], int] = lambda window: 1
+) -> Iterator[T]:
+    """``work(window)`` for all windows, results in window order, at most ``2 * threads`` waiting.
+
+    ``size`` says how far each is on the way, where the windows are batches of them.
+    """
     with ThreadPoolExecutor(threads) as pool:
         pending = [pool.submit(work, w) for w in range(min(2 * threads, n_windows))]
         try:
-            for following in range(len(pending), n_windows + len(pending)):
+            for window in range(n_windows):
                 result = pending.pop(0).result()
+                following = window + len(pending) + 1
                 if following < n_windows:
                     pending.append(pool.submit(work, following))
-                step.advance()
+                step.advance(size(window))
                 yield result
         finally:
             for future in pending:
                 future.cancel()
+
+
+def batches(windows: Sequence[Window], n_tokens: int) -> list[range]:
+    """Numbers of windows that go together: of text, of one length, and of ``n_tokens`` tokens at most; else one."""
+    found: list[range] = []
+    for number, window in enumerate(windows):
+        last = windows[found[-1].start] if found else window
+        plain = window.embeddings is None and last.embeddings is None and len(window) == len(last)
+        if found and plain and (len(found[-1]) + 1) * len(window) <= n_tokens:
+            found[-1] = range(found[-1].start, number + 1)
+        else:
+            found.append(range(number, number + 1))
+    return found
 
 
 def forward(
@@ -67,6 +90,7 @@ def forward(
     overwritten. Returns the activation sums, and each expert's sum of gate weights.
     """
     found = new_tallies()
+    together = batches(windows, FORWARD_TOKENS)
     for number, window in enumerate(windows):
         states.put(0, number, embedded(model, window))
     with progress.step("calibrate: forward", model.n_layer * len(windows), "windows") as step:
@@ -74,8 +98,8 @@ def forward(
             slots = (layer, layer + 1) if keep else (0, 0)
             positions = _positions(model, windows, layer)
             with model.block(layer) as block:
-                run = partial(_forward_window, model, block, positions, windows, states, slots)
-                for recorder in each_window(run, len(windows), threads, step):
+                run = partial(_forward_batch, model, block, positions, windows, states, slots, together)
+                for recorder in each_window(run, len(together), threads, step, lambda n: len(together[n])):
                     for kind, own in recorder.by_kind().items():
                         found[kind].activation.merge(own.activation)
                         if own.gate_weights is not None:
@@ -154,13 +178,14 @@ def backward(
     token embedding before they are scaled, sum_t g_tj^2 [n_embd] over the tokens of text: pictures look none up.
     """
     found = new_tallies()
+    together = batches(windows, BACKWARD_TOKENS)
     top = model.n_layer
     with progress.step("calibrate: backward", model.n_layer * len(windows), "windows") as step:
         for layer in reversed(range(model.n_layer)):
             positions = _positions(model, windows, layer)
             with model.block(layer) as block:
-                run = partial(_backward_window, model, block, positions, windows, states, (layer, top))
-                for recorder in each_window(run, len(windows), threads, step):
+                run = partial(_backward_batch, model, block, positions, windows, states, (layer, top), together)
+                for recorder in each_window(run, len(together), threads, step, lambda n: len(together[n])):
                     for kind, own in recorder.by_kind().items():
                         found[kind].gradient.merge(own.gradient)
     embedding = np.zeros(model.n_embd)
@@ -170,31 +195,37 @@ def backward(
     return found, embedding * model.embedding_scale**2
 
 
-def _forward_window(
+def _forward_batch(
     model: BlockModel,
     block: nn.Module,
     positions: dict[int, Positions],
     windows: Sequence[Window],
     states: HiddenStates,
     slots: tuple[int, int],
+    together: Sequence[range],
     number: int,
 ) -> Recorder | KindsRecorder:
-    recorder = recorder_of(windows[number])
-    forward_window(model, block, positions[len(windows[number])], states, slots, number, recorder)
+    batch = together[number]
+    window = windows[batch.start]
+    recorder = recorder_of(window)
+    forward_window(model, block, positions[len(window)], states, slots, batch.start, recorder, len(batch))
     return recorder
 
 
-def _backward_window(
+def _backward_batch(
     model: BlockModel,
     block: nn.Module,
     positions: dict[int, Positions],
     windows: Sequence[Window],
     states: HiddenStates,
     slots: tuple[int, int],
+    together: Sequence[range],
     number: int,
 ) -> Recorder | KindsRecorder:
-    recorder = recorder_of(windows[number])
-    backward_window(model, block, positions[len(windows[number])], states, slots, number, recorder)
+    batch = together[number]
+    window = windows[batch.start]
+    recorder = recorder_of(window)
+    backward_window(model, block, positions[len(window)], states, slots, batch.start, recorder, len(batch))
     return recorder
 
 
@@ -206,12 +237,13 @@ def forward_window(
     slots: tuple[int, int],
     window: int,
     watch: Watch,
+    n: int = 1,
 ) -> None:
-    """One window through an open block, from the first slot to the second."""
+    """One window, or ``n`` of the same length, through an open block, from the first slot to the second."""
     source, target = slots
     model.tap.recorder = watch
     with torch.no_grad():  # grad mode is per thread
-        states.put(target, window, _first(block(states.get(source, window), **positions)))
+        states.put(target, window, _first(block(states.get(source, window, n), **positions)))
     model.tap.recorder = None
 
 
@@ -223,14 +255,18 @@ def backward_window(
     slots: tuple[int, int],
     window: int,
     watch: Watch,
+    n: int = 1,
 ) -> None:
-    """One window's gradient back through an open block: its input is in the first slot, the gradient in the second."""
+    """A window's gradient, or those of ``n`` of the same length, back through an open block.
+
+    Its input is in the first slot, the gradient in the second.
+    """
     source, upstream = slots
-    x = states.get(source, window).requires_grad_()
+    x = states.get(source, window, n).requires_grad_()
     model.tap.recorder = watch
     y = _first(block(x, **positions))
     model.tap.recorder = None
-    (g,) = torch.autograd.grad(y, x, states.get(upstream, window))
+    (g,) = torch.autograd.grad(y, x, states.get(upstream, window, n))
     states.put(upstream, window, g)
 
 

@@ -9,13 +9,13 @@ import numpy as np
 
 from mopeq_edge.binding import Tokens
 from mopeq_edge.calibrate.blocks import BlockModel
-from mopeq_edge.calibrate.memory import return_large_blocks
 from mopeq_edge.calibrate.modalities import Modalities
 from mopeq_edge.calibrate.passes import backward, forward, one_torch_thread, output_sums
 from mopeq_edge.calibrate.states import HiddenStates
 from mopeq_edge.calibrate.statistics import TEXT, VISION, Tallies
 from mopeq_edge.calibrate.tokens import token_windows
 from mopeq_edge.calibrate.windows import Window, text_windows
+from mopeq_edge.heap import keep_freed_memory
 from mopeq_edge.imatrix import EMBEDDING, LOOKUP
 from mopeq_edge.progress import Progress
 from mopeq_edge.sensitivity.pricing import Statistics
@@ -91,7 +91,7 @@ def calibrate_mixed(
     Labels are drawn where text is predicted. Positions of pictures have none, but what text behind them does with
     them: its gradient reaches them through attention, and says what an error there costs the text.
     """
-    return_large_blocks()
+    keep_freed_memory()
     model = BlockModel(source)
     slots = model.n_layer + 1 if fisher else 1
     last = slots - 1

@@ -35,13 +35,17 @@ class HiddenStates:
                 # the map keeps it: a killed process leaves nothing
                 self._file.unlink()
 
-    def get(self, slot: int, window: int) -> Tensor:
-        """A copy [1, n_tokens, n_embd] of one window's state."""
-        return torch.from_numpy(np.array(self._data[slot, self._places[window]])).unsqueeze(0)
+    def get(self, slot: int, window: int, n: int = 1) -> Tensor:
+        """A copy [n, n_tokens, n_embd] of the states of ``n`` windows of the same length, from ``window`` on."""
+        first, last = self._places[window], self._places[window + n - 1]
+        found = torch.from_numpy(np.array(self._data[slot, first.start : last.stop]))
+        return found.reshape(n, -1, found.shape[1])
 
     def put(self, slot: int, window: int, state: Tensor) -> None:
-        place = self._data[slot, self._places[window]]
-        place[:] = state.detach().reshape(place.shape).numpy()
+        """Keep the states [n, n_tokens, n_embd] of the windows from ``window`` on."""
+        rows = state.detach().reshape(-1, self._data.shape[2]).numpy()
+        start = self._places[window].start
+        self._data[slot, start : start + len(rows)] = rows
 
     def close(self) -> None:
         """Let go of the memory or the scratch file."""

@@ -10,12 +10,12 @@ from mopeq_edge.binding import Tokens
 from mopeq_edge.calibrate.blocks import BlockModel
 from mopeq_edge.calibrate.curvature import Run, curvature, record_choices
 from mopeq_edge.calibrate.hutchinson import mean_and_error
-from mopeq_edge.calibrate.memory import return_large_blocks
 from mopeq_edge.calibrate.passes import one_torch_thread
 from mopeq_edge.calibrate.states import HiddenStates
 from mopeq_edge.calibrate.statistics import Doubles
 from mopeq_edge.calibrate.tokens import token_windows
 from mopeq_edge.calibrate.traces import Traces, with_prior
+from mopeq_edge.heap import keep_freed_memory
 from mopeq_edge.progress import Progress
 from mopeq_edge.source.huggingface import HuggingFaceSource
 from mopeq_edge.source.model import Source
@@ -68,7 +68,7 @@ def measure_traces(
     Each of the ``probes`` (two or more) costs two forward and two backward passes. ``scratch`` is a folder for states
     that do not fit in memory. The result does not depend on ``threads``.
     """
-    return_large_blocks()
+    keep_freed_memory()
     n_windows, n_ctx = windows.shape
     model = BlockModel(source)
     states = HiddenStates(model.n_layer + 1, [n_ctx] * n_windows, model.n_embd, scratch)

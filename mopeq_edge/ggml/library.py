@@ -108,7 +108,9 @@ class Ggml:
 
 def bf16_to_f32(bits: npt.NDArray[np.uint16]) -> Floats:
     """BF16 bit patterns as float32, exactly."""
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    values = bits.astype(np.uint32)
+    values <<= np.uint32(16)
+    return values.view(np.float32)
 
 
 def f32_to_bf16(values: Floats) -> npt.NDArray[np.uint16]:

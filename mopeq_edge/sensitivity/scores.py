@@ -94,6 +94,16 @@ class Pricing:
         damage *= self.factor
         return damage if self.also is None else damage + self.also.row_damage(squared, rows)
 
+    def row_weights(self, squared: npt.NDArray[np.float32], rows: npt.NDArray[np.int64]) -> Doubles:
+        """The same of the weights' squares but for the factor, fast, with the rounding of float32."""
+        if self.also is not None:
+            return self.row_damage(squared, rows)
+        if self.columns is None:
+            weights: Doubles = squared.sum(axis=1).astype(np.float64)
+        else:
+            weights = np.einsum("ij,j->i", squared, self.columns.astype(np.float32)).astype(np.float64)
+        return weights if self.rows is None else weights * self.rows[rows]
+
 
 def mopeq_score(norms: Mapping[str, float], n_weights: Mapping[str, int]) -> float:
     """S of one expert from |W|_F and the number of weights of each of its matrices (by projection).

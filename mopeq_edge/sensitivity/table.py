@@ -15,6 +15,7 @@ from mopeq_edge.ggml.types import BY_NAME
 from mopeq_edge.json_file import Check, is_count, is_texts, require
 from mopeq_edge.sensitivity.combine import with_fisher_trace
 from mopeq_edge.sensitivity.measure import TensorErrors
+from mopeq_edge.sensitivity.sample import AUTO, SampleRows
 from mopeq_edge.sensitivity.scores import FISHER_TRACE, Doubles
 from mopeq_edge.source.model import SourceTensor
 
@@ -35,7 +36,7 @@ class SensitivityTable:
     scores: tuple[str, ...]
     quantized_with: str
     unrouted: tuple[str, ...]
-    sample_rows: int | None
+    sample_rows: SampleRows
     made_from: str
 
     def require(self, name: str, score: str) -> TensorErrors:
@@ -110,7 +111,7 @@ def read_table(path: Path) -> SensitivityTable:
 _INFO: dict[str, Check] = {
     "made_from": lambda value: isinstance(value, str),
     "quantized_with": lambda value: isinstance(value, str),
-    "sample_rows": lambda value: value is None or is_count(value),
+    "sample_rows": lambda value: value is None or value == AUTO or is_count(value),
     "scores": is_texts,
     "types": lambda value: isinstance(value, dict) and all(is_texts(names) and names for names in value.values()),
     "unrouted": is_texts,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,15 @@ from mopeq_edge.source.remote import RemoteFile
 File = Path | RemoteFile
 """Where weights are."""
 
+AHEAD = 2**20
+"""Bytes from which a read asks for as much behind it: stages read weights in order, in pieces of this size or more."""
+
 
 def read_bytes(path: File, offset: int, count: int) -> npt.NDArray[np.uint8]:
     """``count`` bytes of ``path`` from ``offset``. Safe from several threads at once.
 
-    Reads, does not map: a mapped file that shrinks kills the process, and mapped pages count as its memory.
+    Reads, does not map: a mapped file that shrinks kills the process, and mapped pages count as its memory. Behind
+    a large piece as much is asked for, so that the disk works while what was read is computed with.
     Raises :class:`FormatError` if the file cannot be read or ends too early.
     """
     if isinstance(path, RemoteFile):
@@ -37,6 +42,8 @@ def read_bytes(path: File, offset: int, count: int) -> npt.NDArray[np.uint8]:
                         "it changed while it was read, try again"
                     )
                 done += got
+            if count >= AHEAD and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), offset + count, count, os.POSIX_FADV_WILLNEED)
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
     return out

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ from torch import Tensor
 from converters import CONVERTERS
 from mopeq_edge.calibrate import passes, states
 from mopeq_edge.calibrate.blocks import BlockModel
-from mopeq_edge.calibrate.passes import forward
+from mopeq_edge.calibrate.passes import batches, forward
 from mopeq_edge.calibrate.run import calibrate
 from mopeq_edge.calibrate.states import HiddenStates
 from mopeq_edge.calibrate.statistics import TEXT
-from mopeq_edge.calibrate.windows import text_windows
+from mopeq_edge.calibrate.windows import Window, text_windows
 from mopeq_edge.errors import OutputError
-from mopeq_edge.imatrix import Imatrix
+from mopeq_edge.imatrix import ACTIVATION, GRADIENT, Imatrix
 from mopeq_edge.progress import SilentProgress, Step
 from mopeq_edge.sensitivity.pricing import Statistics
 from mopeq_edge.source.huggingface import HuggingFaceSource, open_huggingface
@@ -155,6 +156,15 @@ def whole_model(directory: Path, windows: np.ndarray, labels: Tensor, monkeypatc
     return Watched(activation, gradient, counts, squares, gate_weights, norm_input[0], logits.detach())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def two_windows_at_once() -> Iterator[None]:
+    """Two batches of two windows and one of one, for the threads to share."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passes, "FORWARD_TOKENS", 2 * N_CTX)
+        patch.setattr(passes, "BACKWARD_TOKENS", 2 * N_CTX)
+        yield
+
+
 @pytest.fixture(scope="module", params=list(VARIANTS))
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     folder = tmp_path_factory.mktemp(request.param)
@@ -263,6 +273,32 @@ def assert_same(one: Statistics, other: Statistics) -> None:
         np.testing.assert_array_equal(one.routing.gate_weights[layer], other.routing.gate_weights[layer])
 
 
+@pytest.mark.parametrize("tokens", [1, 1000])
+def test_batches_change_rounding_alone(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    monkeypatch.setattr(passes, "FORWARD_TOKENS", tokens)
+    monkeypatch.setattr(passes, "BACKWARD_TOKENS", tokens)
+    got = run(case.source, case.windows, tmp_path)
+    for kind in (ACTIVATION, GRADIENT):
+        mine, other = got.imatrix(kind), case.statistics.imatrix(kind)
+        assert mine is not None
+        assert other is not None
+        for name, entry in mine.entries.items():
+            np.testing.assert_array_equal(entry.counts, other.entries[name].counts)
+            np.testing.assert_allclose(entry.sums, other.entries[name].sums, rtol=1e-4, err_msg=name)
+
+
+def test_which_windows_go_together() -> None:
+    def of(n: int, *, seen: bool = False) -> Window:
+        return Window(np.zeros(n, dtype=np.int32), (lambda: np.zeros((0, 4), dtype=np.float32)) if seen else None)
+
+    windows = [of(8), of(8), of(8), of(4), of(8), of(8, seen=True), of(8), of(40), of(40)]
+    assert batches(windows, 16) == [range(i, j) for i, j in pairwise((0, 2, 3, 4, 5, 6, 7, 8, 9))]
+    assert batches(windows, 1) == [range(i, i + 1) for i in range(9)]
+    assert batches([], 16) == []
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads_change_no_bit(case: Case, tmp_path: Path, threads: int) -> None:
     assert_same(run(case.source, case.windows, tmp_path, threads=threads), case.statistics)
@@ -324,7 +360,7 @@ def test_states_on_disk_change_no_bit_and_leave_nothing(
     def refuse(*args: object) -> None:
         raise RuntimeError("stop")
 
-    monkeypatch.setattr(passes, "_forward_window", refuse)
+    monkeypatch.setattr(passes, "_forward_batch", refuse)
     with pytest.raises(RuntimeError, match="stop"):
         run(case.source, case.windows, tmp_path / "s")
     assert list((tmp_path / "s").iterdir()) == []

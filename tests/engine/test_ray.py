@@ -166,7 +166,7 @@ def test_the_same_bytes(
     assert table_bytes(tiny_source, statistics, engine, tmp_path / "table", progress) == local_table
     out = tmp_path / "out" / "out.gguf"
     assert emitted(engine, tiny_source, types, statistics, out, progress) == local_file
-    assert list(progress.steps) == ["norms", "sensitivity", "emit", "hash"]
+    assert list(progress.steps) == ["sensitivity", "emit", "hash"]
 
 
 def pid_of(source: Source, task: int, tools: Tools) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from converters import CONVERTERS
 from mopeq_edge.emit import emit
 from mopeq_edge.engine.local import LocalEngine
-from mopeq_edge.ggml.library import Ggml, load_ggml
+from mopeq_edge.ggml.library import load_ggml
 from mopeq_edge.ggml.types import BF16
 from mopeq_edge.plan.artifact import PER_EXPERT, STOCK
 from mopeq_edge.plan.budget import Budget
@@ -20,42 +20,47 @@ from mopeq_edge.plan.candidates import FLOORS, parse_types
 from mopeq_edge.plan.make import make_plan
 from mopeq_edge.plan.options import MapOptions, PlanOptions, parse_bits
 from mopeq_edge.progress import SilentProgress
-from mopeq_edge.sensitivity import run
-from mopeq_edge.sensitivity.measure import sampled_rows
+from mopeq_edge.sensitivity import measure, run
+from mopeq_edge.sensitivity.measure import Measuring
 from mopeq_edge.sensitivity.pricing import Statistics
-from mopeq_edge.sensitivity.scores import WEIGHT_MSE
+from mopeq_edge.sensitivity.sample import SampleRows, drawn_rows, rows_to_measure
+from mopeq_edge.sensitivity.scores import WEIGHT_MSE, Pricing
 from mopeq_edge.source.gguf import GGUFSource
 from mopeq_edge.source.huggingface import HuggingFaceSource
 from mopeq_edge.source.open import open_source
-from mopeq_edge.source.part import parts_of
 from mopeq_edge.source.roles import Role
 
 from ..builders import build_olmoe
 
 
+@pytest.mark.runtime
 @pytest.mark.parametrize("rows_at_once", [1, 1000, 2**21])
-def test_norms_do_not_depend_on_pieces(
-    tiny_source: HuggingFaceSource, monkeypatch: pytest.MonkeyPatch, rows_at_once: int
+@pytest.mark.parametrize("sample_rows", [None, 3])
+def test_norms_are_of_all_rows_in_whatever_pieces(
+    tiny_source: HuggingFaceSource, monkeypatch: pytest.MonkeyPatch, rows_at_once: int, sample_rows: int | None
 ) -> None:
-    monkeypatch.setattr(run, "ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr(measure, "ROWS_AT_ONCE", rows_at_once)
     down = next(t for t in tiny_source.tensors if t.role is Role.EXPERT)
     query = next(t for t in tiny_source.tensors if t.role is Role.ATTENTION)
-    parts = parts_of([down, query], None)
-    norms, largest = run._norms(tiny_source, parts, LocalEngine(2, cast(Ggml, None)), SilentProgress())
     for tensor in (down, query):
-        whole = [np.abs(tiny_source.read(tensor, m)).max() for m in range(tensor.n_matrices)]
-        np.testing.assert_array_equal(largest[tensor.name], whole)
-        expected = [np.linalg.norm(tiny_source.read(tensor, m).astype(np.float64)) for m in range(tensor.n_matrices)]
-        np.testing.assert_allclose(norms[tensor.name], expected, rtol=1e-13)
+        prices = {WEIGHT_MSE: [Pricing(1.0)] * tensor.n_matrices}
+        with ThreadPoolExecutor(2) as pool:
+            found = Measuring(
+                *(tiny_source, tensor, (tensor.type,), prices, None, load_ggml(), pool),
+                rows=rows_to_measure(tensor, sample_rows),
+            ).result()
+        whole = [tiny_source.read(tensor, m).astype(np.float64) for m in range(tensor.n_matrices)]
+        np.testing.assert_array_equal(found.largest, [np.abs(w).max() for w in whole])
+        np.testing.assert_allclose(found.norms, [np.linalg.norm(w) for w in whole], rtol=1e-13)
 
 
 @pytest.mark.runtime
-@pytest.mark.parametrize("sample_rows", [None, 2])
-def test_types_that_cannot_hold_a_weight_are_not_offered(tmp_path: Path, sample_rows: int | None) -> None:
+@pytest.mark.parametrize("sample_rows", [None, 2, "auto"])
+def test_types_that_cannot_hold_a_weight_are_not_offered(tmp_path: Path, sample_rows: SampleRows) -> None:
     """One weight of one expert, in a row that no sample has: its stack keeps its type, whatever the planner."""
     directory = build_olmoe(tmp_path / "model", n_layer=1)
     weights = load_file(directory / "model.safetensors")
-    assert 31 not in sampled_rows(32, 2, seed=32)
+    assert 31 not in drawn_rows(32, 2, seed=32 + 5)
     weights["model.layers.0.mlp.experts.5.up_proj.weight"][31, 3] = -1e30
     save_file(weights, directory / "model.safetensors")
     source, types = open_source(directory, CONVERTERS, pre="gpt-2"), parse_types("MXFP4,Q4_0,Q5_0,Q8_0,F16")

@@ -1,6 +1,6 @@
 """Speed and memory of expert groups against stock files of equal bytes, in one llama.cpp, in turn.
 
-Prefill and decode in llama-bench on a random-weight OLMoE, as ratios of medians to the stock file (above 1 is
+Prefill and decode in llama-bench on a random-weight OLMoE, as ratios to the stock file (above 1 is
 better), and peak memory of loading as ratio to it (below 1 is better). A mix of types is compared with what its
 uniform files take per token, weighted by rows: so a slow kernel of one type does not count as a cost of grouping.
 """
@@ -8,27 +8,118 @@ uniform files take per token, weighted by rows: so a slow kernel of one type doe
 from __future__ import annotations
 
 import random
-import statistics
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 
-from mopeq_edge.cli.console import available_threads, print_json
+from mopeq_edge.cli.console import print_json
 from mopeq_edge.expert_groups.layout import ExpertGroup, Grouping, Types
 from mopeq_edge.ggml.types import BY_NAME, GgmlType, type_named
 from mopeq_edge.runtime.locate import tool
-from tools.bench.measure import llama_bench, run
+from tools.bench.measure import Ratio, Spread, llama_bench, markdown, run
 from tools.bench.models import Shape, write_random_olmoe
 
 REST = BY_NAME["Q6_K"]
 """Type of everything but experts."""
 
-Speeds = dict[tuple[int, str], float]
-"""Tokens per second by (threads, "prefill" or "decode")."""
+Speeds = dict[tuple[int, str], list[float]]
+"""Tokens per second of every round by (threads, "prefill" or "decode")."""
+
+
+def measure(
+    shape: Shape,
+    same: str,
+    mix: str,
+    threads: Sequence[int],
+    prompt: int,
+    generate: int,
+    rounds: int,
+    program: Path | None = None,
+) -> list[Ratio]:
+    """Ratios of speed, ours over theirs, and of memory."""
+    program = program or tool("llama-bench")
+    kinds = [type_named(name) for name in mix.split(",")]
+    files: dict[str, Types] = {kind.name: _types(shape, kind) for kind in {*kinds, type_named(same)}}
+    grouped, mixed = f"{same} in {len(kinds)} groups", f"{mix} in groups"
+    files[grouped] = _types(shape, [type_named(same)] * len(kinds))
+    files[mixed] = _types(shape, kinds)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {name: Path(folder) / f"{index}.gguf" for index, name in enumerate(files)}
+        for name, types in files.items():
+            weights = write_random_olmoe(paths[name], shape, types)
+        speeds = _speeds(program, paths, threads, rounds, prompt, generate)
+        peaks = {mmap: _peaks(program, paths, mmap, rounds) for mmap in ("mmap", "none")}
+    size = f"{weights / 1e9:.2f} B weights"
+    average = _average([speeds[kind.name] for kind in kinds])
+    found = []
+    for name, theirs, target, said in (
+        (grouped, speeds[same], "≥ 0.97", same),
+        (mixed, average, "≥ 0.95", "the mean time of its types' files"),
+    ):
+        bench = f"per-expert, {size}, {name}, against {said}"
+        found += [
+            _ratio(bench, f"{what}, {n} threads", speeds[name][n, what], theirs[n, what], "t/s", target)
+            for n, what in theirs
+        ]
+    bench = f"per-expert, {size}, {grouped}, against {same}"
+    for mmap, peak in peaks.items():
+        found.append(_ratio(bench, f"peak memory, load mode {mmap}", peak[grouped], peak[same], "MiB", "≤ 1.01"))
+    return found
+
+
+def _ratio(bench: str, what: str, ours: Sequence[float], theirs: Sequence[float], unit: str, target: str) -> Ratio:
+    by_round = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return Ratio(bench, what, Spread.of(by_round), Spread.of(ours), Spread.of(theirs), unit, target)
+
+
+def _types(shape: Shape, kinds: GgmlType | Sequence[GgmlType]) -> Types:
+    """Every matrix in :data:`REST`; stacks in one type, or in groups of equal size that are drawn for each stack."""
+    tensors = shape.tensors(n_vocab=1)
+    types: dict[str, GgmlType | Grouping] = {t.name: REST for t in tensors if t.quantizable}
+    for tensor in tensors:
+        if tensor.projection is None:
+            continue
+        if isinstance(kinds, GgmlType):
+            types[tensor.name] = kinds
+            continue
+        order = list(range(shape.n_expert))
+        random.Random(tensor.name).shuffle(order)
+        parts = [tuple(sorted(order[g :: len(kinds)])) for g in range(len(kinds))]
+        types[tensor.name] = tuple(ExpertGroup(kind, part) for kind, part in zip(kinds, parts, strict=True))
+    return types
+
+
+def _speeds(
+    program: Path, paths: Mapping[str, Path], threads: Sequence[int], rounds: int, prompt: int, generate: int
+) -> dict[str, Speeds]:
+    found: dict[str, Speeds] = {name: defaultdict(list) for name in paths}
+    for turn in range(rounds):
+        # back and forth, so that a machine that warms up favours nobody
+        for name in sorted(paths, reverse=bool(turn % 2)):
+            for n in threads:
+                rows = llama_bench(program, paths[name], prompt=prompt, generate=generate, threads=n)
+                for what, value in rows.items():
+                    found[name][n, what].append(value)
+    return found
+
+
+def _peaks(program: Path, paths: Mapping[str, Path], mmap: str, rounds: int) -> dict[str, list[float]]:
+    """Peak resident MiB of loading and of one token, of every round."""
+    peaks: dict[str, list[float]] = defaultdict(list)
+    for _ in range(rounds):
+        for name, path in paths.items():
+            command = [str(program), "-m", str(path), "-p", "0", "-n", "1", "-r", "1", "-t", "1"]
+            peaks[name].append(run([*command, "-lm", mmap]).peak_mib)
+    return peaks
+
+
+def _average(uniform: Sequence[Speeds]) -> Speeds:
+    """Speed whose time per token is the mean of the uniform files' times: the mix has as many rows of each type."""
+    rounds = {key: zip(*(speeds[key] for speeds in uniform), strict=True) for key in uniform[0]}
+    return {key: [len(uniform) / sum(1 / speed for speed in one) for one in each] for key, each in rounds.items()}
 
 
 @click.command()
@@ -61,98 +152,13 @@ def main(
     as_json: bool,
 ) -> None:
     """Compare per-expert with stock files."""
-    program = bench or tool("llama-bench")
-    shape = Shape(layers, experts, embd, ff, used)
-    kinds = [type_named(name) for name in mix.split(",")]
-    files: dict[str, Types] = {kind.name: _types(shape, kind) for kind in {*kinds, type_named(same)}}
-    files[f"{same} in {len(kinds)} groups"] = _types(shape, [type_named(same)] * len(kinds))
-    files[f"{mix} in groups"] = _types(shape, kinds)
     numbers = [int(n) for n in threads.split(",")]
-    with tempfile.TemporaryDirectory() as folder:
-        paths = {name: Path(folder) / f"{index}.gguf" for index, name in enumerate(files)}
-        for name, types in files.items():
-            weights = write_random_olmoe(paths[name], shape, types)
-        speeds = _speeds(program, paths, numbers, rounds, prompt, generate)
-        peaks = {mmap: _peaks(program, paths, mmap, rounds) for mmap in ("mmap", "none")}
-        sizes = {name: path.stat().st_size for name, path in paths.items()}
-    result: dict[str, Any] = {"weights": weights, "cpus": available_threads(), "files": {}}
-    for name in files:
-        result["files"][name] = {
-            "bytes": sizes[name],
-            "tokens_per_second": {f"{what}, {n} threads": value for (n, what), value in speeds[name].items()},
-            "peak_mib": {mmap: peak[name] for mmap, peak in peaks.items()},
-        }
-    grouped, mixed = list(files)[-2:]
-    result["ratios"] = {
-        grouped: _ratios(speeds[grouped], speeds[same]),
-        mixed: _ratios(speeds[mixed], _average([speeds[kind.name] for kind in kinds])),
-    }
-    result["memory_ratios"] = {mmap: peak[grouped] / peak[same] for mmap, peak in peaks.items()}
+    shape = Shape(layers, experts, embd, ff, used)
+    ratios = measure(shape, same, mix, numbers, prompt, generate, rounds, bench)
     if as_json:
-        print_json(result)
-        return
-    _print(result)
-
-
-def _types(shape: Shape, kinds: GgmlType | Sequence[GgmlType]) -> Types:
-    """Every matrix in :data:`REST`; stacks in one type, or in groups of equal size that are drawn for each stack."""
-    tensors = shape.tensors(n_vocab=1)
-    types: dict[str, GgmlType | Grouping] = {t.name: REST for t in tensors if t.quantizable}
-    for tensor in tensors:
-        if tensor.projection is None:
-            continue
-        if isinstance(kinds, GgmlType):
-            types[tensor.name] = kinds
-            continue
-        order = list(range(shape.n_expert))
-        random.Random(tensor.name).shuffle(order)
-        parts = [tuple(sorted(order[g :: len(kinds)])) for g in range(len(kinds))]
-        types[tensor.name] = tuple(ExpertGroup(kind, part) for kind, part in zip(kinds, parts, strict=True))
-    return types
-
-
-def _speeds(
-    program: Path, paths: Mapping[str, Path], threads: Sequence[int], rounds: int, prompt: int, generate: int
-) -> dict[str, Speeds]:
-    found: dict[str, dict[tuple[int, str], list[float]]] = {name: defaultdict(list) for name in paths}
-    for turn in range(rounds):
-        # back and forth, so that a machine that warms up favours nobody
-        for name in sorted(paths, reverse=bool(turn % 2)):
-            for n in threads:
-                rows = llama_bench(program, paths[name], prompt=prompt, generate=generate, threads=n)
-                for what, value in rows.items():
-                    found[name][n, what].append(value)
-    return {name: {key: statistics.median(v) for key, v in values.items()} for name, values in found.items()}
-
-
-def _peaks(program: Path, paths: Mapping[str, Path], mmap: str, rounds: int) -> dict[str, float]:
-    """Median peak resident MiB of loading and of one token."""
-    peaks: dict[str, list[float]] = defaultdict(list)
-    for _ in range(rounds):
-        for name, path in paths.items():
-            command = [str(program), "-m", str(path), "-p", "0", "-n", "1", "-r", "1", "-t", "1"]
-            peaks[name].append(run([*command, "-lm", mmap])[1])
-    return {name: statistics.median(values) for name, values in peaks.items()}
-
-
-def _ratios(ours: Speeds, theirs: Speeds) -> dict[str, float]:
-    return {f"{what}, {n} threads": ours[n, what] / theirs[n, what] for n, what in ours}
-
-
-def _average(uniform: Sequence[Speeds]) -> Speeds:
-    """Speed whose time per token is the mean of the uniform files' times: the mix has as many rows of each type."""
-    return {key: len(uniform) / sum(1 / speeds[key] for speeds in uniform) for key in uniform[0]}
-
-
-def _print(result: dict[str, Any]) -> None:
-    click.echo(f"{result['weights']:,} weights, {result['cpus']} CPUs")
-    for name, file in result["files"].items():
-        speeds = "  ".join(f"{what} {value:.1f} t/s" for what, value in file["tokens_per_second"].items())
-        peaks = ", ".join(f"{value:.0f} MiB ({mmap})" for mmap, value in file["peak_mib"].items())
-        click.echo(f"{name}: {file['bytes']:,} bytes; {speeds}; peak {peaks}")
-    for name, ratios in result["ratios"].items():
-        click.echo(f"{name}: " + "  ".join(f"{what} {value:.3f}" for what, value in ratios.items()))
-    click.echo("peak memory: " + "  ".join(f"{value:.4f} ({mmap})" for mmap, value in result["memory_ratios"].items()))
+        print_json([ratio.as_dict() for ratio in ratios])
+    else:
+        click.echo(markdown(ratios))
 
 
 if __name__ == "__main__":

@@ -67,19 +67,20 @@ def main(
             "sensitivity": [*_PROGRAM, *sensitivity],
         }
         limit = int(share * nbytes)
-        baseline = run(_BASELINE)[1]
+        baseline = run(_BASELINE).peak_mib
         result: dict[str, Any] = {"checkpoint_bytes": nbytes, "limit_bytes": limit, "baseline_mib": baseline}
         for name, command in stages.items():
-            seconds, peak = run(command, limit)
-            result[name] = {"seconds": seconds, "peak_mib": peak, "share": peak * 2**20 / nbytes}
+            found = run(command, limit)
+            share = found.peak_mib * 2**20 / nbytes
+            result[name] = {"seconds": found.seconds, "peak_mib": found.peak_mib, "share": share}
     if as_json:
         print_json(result)
         return
     click.echo(f"checkpoint {nbytes:,} bytes, limit {limit:,} bytes, {threads} threads; torch alone {baseline:.0f} MiB")
     for name in stages:
-        found = result[name]
-        of_checkpoint = f"{found['share']:.3f} of the checkpoint"
-        click.echo(f"{name:<12} {found['seconds']:7.1f} s  {found['peak_mib']:7.0f} MiB peak, {of_checkpoint}")
+        stage = result[name]
+        of_checkpoint = f"{stage['share']:.3f} of the checkpoint"
+        click.echo(f"{name:<12} {stage['seconds']:7.1f} s  {stage['peak_mib']:7.0f} MiB peak, {of_checkpoint}")
 
 
 if __name__ == "__main__":
