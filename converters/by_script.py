@@ -25,7 +25,7 @@ from converters.script_child import UNKNOWN_PRE_TOKENIZER, Job
 from mopeq_edge.artifacts import digest
 from mopeq_edge.atomic import atomic_path
 from mopeq_edge.errors import ExtraMissingError, MopeqError, OutputError, SourceError
-from mopeq_edge.progress import Progress, Step
+from mopeq_edge.progress import BYTES, Progress, Step
 from mopeq_edge.runtime.locate import require_runtime
 from mopeq_edge.runtime.process import describe_exit, last_words, run_lines
 from mopeq_edge.source.checkpoint import Checkpoint
@@ -88,7 +88,7 @@ def converted_gguf(
     for warning in _warnings(directory):
         progress.note(f"note: {warning}")
     with atomic_path(output) as temporary:
-        with progress.step("convert_hf_to_gguf", needed) as step, _following(temporary, step):
+        with progress.step("convert_hf_to_gguf", needed, BYTES) as step, _following(temporary, step):
             run_script(directory, temporary, pre=pre)
         _require_moe(directory, temporary)
     work.record(STAGE, made_from, [NAME], digests.of)

@@ -66,7 +66,7 @@ def emit(
         _all_or_none(paths) as temporaries,
         ThreadPoolExecutor(threads) as pool,
         ThreadPoolExecutor(1) as hashing,
-        progress.step("emit", sum(t.n_weights for t in source.tensors)) as step,
+        progress.step("emit", sum(t.n_weights for t in source.tensors), "weights") as step,
     ):
         tensors = _written(source, types)
         for temporary, place in zip(temporaries, places, strict=True):

@@ -177,10 +177,9 @@ def planned_source(source: Source, plan: Plan) -> Source:
     return PaddedSource(source, padding)
 
 
-def _final_kvs(context: Context, source: Source, plan: Plan, statistics: Statistics, kind: str) -> dict[str, KV]:
+def _final_kvs(context: Context, source: Source, plan: Plan, statistics: Statistics, kind: str) -> Mapping[str, KV]:
     specs = file_specs(source.tensors, plan.type_of())
-    kvs = _kvs(context, statistics, kind, file_type_of(specs), plan.sha256)
-    return kvs if plan.expert_padding is None else plan.expert_padding.kvs(kvs)
+    return plan.kvs(_kvs(context, statistics, kind, file_type_of(specs), plan.sha256))
 
 
 def source_gguf(context: Context) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 from mopeq_edge.errors import PlanError
 from mopeq_edge.memory.command import arguments
 from mopeq_edge.memory.fits import HEADROOM, file_budget
-from mopeq_edge.memory.model import Model, model_of_plan, model_of_source
+from mopeq_edge.memory.model import model_of_plan, model_of_source
 from mopeq_edge.memory.predict import predict
 from mopeq_edge.memory.repack import this_cpu
 from mopeq_edge.memory.settings import Settings
@@ -109,12 +109,6 @@ def run_plan_that_fits(
 
 
 def _fit(plan: Plan, context: Context, request: FitsRequest) -> Fit:
-    model = _model(plan, context)
+    model = model_of_plan(plan, context.source.kvs, str(context.source.path))
     found = predict(model, request.settings, this_cpu())
     return Fit(request.memory, found.needed + found.gpu, plan.file_bytes, tuple(arguments(request.settings)))
-
-
-def _model(plan: Plan, context: Context) -> Model:
-    kvs = context.source.kvs
-    padded = kvs if plan.expert_padding is None else plan.expert_padding.kvs(kvs)
-    return model_of_plan(plan, padded, str(context.source.path))

@@ -191,9 +191,8 @@ def _run(request: ValidateRequest, model: StoredModel, damaged: list[Check], pro
         tokens = tokens_of(model, text, request.n_tokens)
         if not len(tokens):
             raise MopeqError(f"{request.text}: has no tokens; give a longer text")
-        with progress.step("Running llama.cpp", 1) as step:
+        with progress.step("running llama.cpp", None):
             run = run_llama(model.path, tokens, threads=request.threads, n_gpu_layers=request.n_gpu_layers)
-            step.advance()
     except FormatError:
         raise
     except MopeqError as error:

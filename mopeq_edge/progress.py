@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+BYTES = "bytes"
+"""The unit of a step that counts bytes: its rate is shown as kB/s, MB/s or GB/s."""
+
 
 class Step(Protocol):
     """One piece of long work with a known total."""
@@ -18,8 +21,12 @@ class Progress(Protocol):
     """Where stages report to. The CLI gives one that draws bars; the default is silent."""
 
     @contextmanager
-    def step(self, title: str, total: float) -> Iterator[Step]:
-        """Open a step of ``total`` units under ``title``; it ends with the block."""
+    def step(self, title: str, total: float | None, unit: str = "") -> Iterator[Step]:
+        """Open a step of ``total`` units under ``title``; it ends with the block.
+
+        ``total`` is None where the end cannot be told before. ``unit`` is what is counted, in the plural ("windows"),
+        :data:`BYTES`, or nothing where a rate would say nothing.
+        """
         yield _SilentStep()
 
     def note(self, message: str) -> None:
@@ -35,7 +42,7 @@ class SilentProgress:
     """Reports to nobody."""
 
     @contextmanager
-    def step(self, title: str, total: float) -> Iterator[Step]:
+    def step(self, title: str, total: float | None, unit: str = "") -> Iterator[Step]:
         yield _SilentStep()
 
     def note(self, message: str) -> None:

@@ -11,7 +11,7 @@ from mopeq_edge.errors import FormatError
 from mopeq_edge.file_hashes import HEADER_KEY, KEYS, TENSORS_KEY, UNKNOWN, new_hash
 from mopeq_edge.gguf_file import GGUFHeader, pad
 from mopeq_edge.gguf_layout import encode_kv
-from mopeq_edge.progress import Progress, Step
+from mopeq_edge.progress import BYTES, Progress, Step
 from mopeq_edge.split import read_parts
 
 _READ_BYTES = 2**22
@@ -55,7 +55,7 @@ def verify(path: Path, progress: Progress) -> Verification:
     n_tensors, n_bytes = sum(len(h.tensors) for h in headers), sum(h.file_size for h in headers)
     if not any(known):
         return Verification(names, n_tensors, n_bytes, False)
-    with progress.step("verify", n_bytes) as step:
+    with progress.step("verify", n_bytes, BYTES) as step:
         for header in headers:
             damaged += [(str(header.path), what) for what in _damage(header, step)]
     return Verification(names, n_tensors, n_bytes, True, tuple(damaged))

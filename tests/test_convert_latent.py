@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from gguf import GGUFReader
 
 from converters import CONVERTERS
 from mopeq_edge import convert as convert_module
 from mopeq_edge.binding import LlamaModel
-from mopeq_edge.cli import cli
 from mopeq_edge.ggml.types import BY_NAME
 from mopeq_edge.imatrix import read_imatrix
 from mopeq_edge.runtime.tools import run_tool
@@ -23,6 +20,7 @@ from mopeq_edge.sensitivity.table import read_table
 from mopeq_edge.source.open import open_source
 
 from .builders import write_gguf
+from .commands import run_json
 from .converters.families import build_deepseek_v2
 
 pytestmark = pytest.mark.runtime
@@ -40,13 +38,6 @@ WIDE = {
 }
 
 
-def invoke(*args: object) -> dict[str, Any]:
-    done = CliRunner().invoke(cli, [str(arg) for arg in args])
-    assert done.exception is None, done.exception
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
-
-
 @pytest.mark.parametrize(("layout", "types"), [("stock", "IQ4_NL,Q4_K,Q6_K,Q8_0"), ("per-expert", "default")])
 def test_convert(
     tmp_path: Path, calibration_text: str, monkeypatch: pytest.MonkeyPatch, layout: str, types: str
@@ -57,7 +48,7 @@ def test_convert(
     text.write_text(calibration_text[:20_000], encoding="utf-8")
     options = ["--text", text, "--chunks", 4, "--window", 64, "--threads", 2, "--pre", "gpt-2", "--sample-rows", 8]
     budget = ["--target-bpw", 5, "--types", types, "--layout", layout, "--work-dir", work, "--json"]
-    result = invoke("convert", model, out, *budget, *options)
+    result = run_json("convert", model, out, *budget, *options)
 
     planned = {t["name"]: t for t in json.loads((work / "plan.json").read_text())["tensors"]}
     for layer in range(2):
@@ -84,7 +75,7 @@ def test_convert(
         assert np.isfinite(llama.logits([5, 6, 7, 8])).all()
     if layout == "stock":
         list_of_types, other = tmp_path / "types.txt", tmp_path / "other.gguf"
-        invoke("plan", model, *budget, "--pre", "gpt-2", "--tensor-type-file", list_of_types)
+        run_json("plan", model, *budget, "--pre", "gpt-2", "--tensor-type-file", list_of_types)
         imatrix = work / {"gradient": "gradient.gguf", "activation": "imatrix.gguf"}[result["imatrix"]["chosen"]]
         options = ["--imatrix", imatrix, "--tensor-type-file", list_of_types]
         run_tool("llama-quantize", [*options, work / "source.gguf", other, "Q4_K_M", "2"])
@@ -106,8 +97,8 @@ def test_the_imatrix_of_llama_imatrix(tmp_path: Path, calibration_text: str) -> 
     gguf, theirs = tmp_path / "f32.gguf", tmp_path / "theirs.gguf"
     write_gguf(open_source(model, CONVERTERS, pre="gpt-2"), gguf)
     run_tool("llama-imatrix", ["-m", gguf, "-f", text, "-o", theirs, "-c", "64", "--chunks", "2", "--no-ppl"])
-    invoke("calibrate", gguf, "--text", text, "--chunks", 2, "--window", 64, "--work-dir", tmp_path / "a", "--json")
-    invoke("calibrate", model, "--imatrix", theirs, "--work-dir", tmp_path / "b", "--pre", "gpt-2", "--json")
+    run_json("calibrate", gguf, "--text", text, "--chunks", 2, "--window", 64, "--work-dir", tmp_path / "a", "--json")
+    run_json("calibrate", model, "--imatrix", theirs, "--work-dir", tmp_path / "b", "--pre", "gpt-2", "--json")
     name = "blk.1.attn_k_b.weight"
     whole = read_imatrix(theirs).entries[name].sums.reshape(-1)
     for work in ("a", "b"):

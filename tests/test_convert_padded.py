@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
 from converters import CONVERTERS
 from mopeq_edge.binding import LlamaModel
-from mopeq_edge.cli import cli
 from mopeq_edge.gguf_file import read_header
 from mopeq_edge.imatrix import read_imatrix
 from mopeq_edge.runtime.tools import run_tool
 from mopeq_edge.source.open import open_source
 
 from .builders import write_gguf
+from .commands import run_json
 from .converters.families import add_tokenizer, spread
 
 pytestmark = pytest.mark.runtime
@@ -34,13 +32,6 @@ TYPES = ["--types", "IQ2_XXS,Q2_K,Q3_K,IQ4_NL,Q4_K"]
 FLOORS = [
     o for role in ("embedding", "output", "attention", "dense_ffn", "shared_expert") for o in ("--floor", f"{role}=2")
 ]
-
-
-def invoke(*args: object) -> dict[str, Any]:
-    done = CliRunner().invoke(cli, [str(arg) for arg in args])
-    assert done.exception is None, done.exception
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +55,8 @@ def work(model: Path, tmp_path_factory: pytest.TempPathFactory, calibration_text
     text = directory / "text.txt"
     text.write_text(calibration_text[:20_000], encoding="utf-8")
     common = [*COMMON, "--work-dir", directory]
-    invoke("calibrate", model, "--text", text, "--chunks", 4, "--window", 64, "--no-fisher", *common)
-    invoke("sensitivity", model, *TYPES, *common)
+    run_json("calibrate", model, "--text", text, "--chunks", 4, "--window", 64, "--no-fisher", *common)
+    run_json("sensitivity", model, *TYPES, *common)
     write_gguf(open_source(model, CONVERTERS, pre="gpt-2"), directory / "source.gguf")
     return directory
 
@@ -79,9 +70,9 @@ def test_two_bits_and_less_bytes_than_q2_k(model: Path, work: Path, tmp_path: Pa
 
     options = ["--layout", form, *TYPES, *FLOORS, *COMMON, "--work-dir", work]
     target = int(0.92 * theirs.stat().st_size)
-    plan = invoke("plan", model, "--target-gb", target / 1e9, *options)
+    plan = run_json("plan", model, "--target-gb", target / 1e9, *options)
     assert (plan["expert_padding"]["width"], plan["expert_padding"]["padded"]) == (WIDTH, PADDED)
-    invoke("emit", model, out, "--work-dir", work, *COMMON)
+    run_json("emit", model, out, "--work-dir", work, *COMMON)
     assert out.stat().st_size == plan["file_bytes"] <= target
     header = read_header(out)
     assert header.kvs["deepseek2-ocr.expert_feed_forward_length"].value == PADDED
@@ -97,7 +88,7 @@ def test_two_bits_and_less_bytes_than_q2_k(model: Path, work: Path, tmp_path: Pa
         assert types.keys() <= TWO_BIT
         check_damage(out, work)
 
-    roomy = invoke("plan", model, "--target-bpw", 8, "-o", tmp_path / "plan.json", *options)
+    roomy = run_json("plan", model, "--target-bpw", 8, "-o", tmp_path / "plan.json", *options)
     assert roomy["expert_padding"] is None
 
 

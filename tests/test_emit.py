@@ -139,7 +139,7 @@ def test_progress_adds_up(tmp_path: Path, imatrix: Imatrix) -> None:
         total = done = 0.0
 
         @contextmanager
-        def step(self, title: str, total: float) -> Iterator[Step]:
+        def step(self, title: str, total: float | None, unit: str = "") -> Iterator[Step]:
             assert title == "emit"
             self.total = total
             yield self

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from mopeq_edge.cli import cli
+from mopeq_edge.errors import NoRoomError
 from mopeq_edge.gguf_file import read_header
 
 from .builders import EXAMPLE_TEXT, build_olmoe
+from .commands import run_json
 
 pytestmark = pytest.mark.runtime
 
 COMMON = ("--pre", "gpt-2", "--threads", 1, "--json")
 SERVED = ("--ctx", 2048, "--cache-type", "q8_0", "--parallel", 2)
-
-
-def invoke(*args: object) -> dict[str, Any]:
-    done = CliRunner().invoke(cli, [str(arg) for arg in args])
-    assert done.exception is None, done.exception
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -36,17 +29,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def work(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("work")
     common = (*COMMON, "--work-dir", directory)
-    invoke("calibrate", model, "--text", EXAMPLE_TEXT, "--chunks", 2, "--window", 64, "--no-fisher", *common)
-    invoke("sensitivity", model, "--types", "k", "--sample-rows", 4, *common)
+    run_json("calibrate", model, "--text", EXAMPLE_TEXT, "--chunks", 2, "--window", 64, "--no-fisher", *common)
+    run_json("sensitivity", model, "--types", "k", "--sample-rows", 4, *common)
     return directory
 
 
 def least(model: Path, work: Path) -> int:
     """Memory that the smallest file needs, of which a twentieth stays free."""
-    with pytest.raises(AssertionError) as error:
-        invoke("plan", model, "--types", "k", "--target-gb", 1e-6, *COMMON, "--work-dir", work)
-    smallest = int(str(error.value).split("allow has ")[1].split()[0])
-    whole = invoke("memory", model, "--pre", "gpt-2", *SERVED, "--threads", 1, "--json")
+    with pytest.raises(NoRoomError) as error:
+        run_json("plan", model, "--types", "k", "--target-gb", 1e-6, *COMMON, "--work-dir", work)
+    smallest = error.value.smallest
+    whole = run_json("memory", model, "--pre", "gpt-2", *SERVED, "--threads", 1, "--json")
     rest = whole["prediction"]["needed_bytes"] - whole["file_bytes"]
     return int((smallest + rest) / 0.95)
 
@@ -57,15 +50,15 @@ def test_the_file_needs_what_was_planned(model: Path, work: Path, tmp_path: Path
     found = []
     for more in (800_000, 1_500_000, 2_500_000):
         memory, out = least(model, work) + more, tmp_path / f"{more}.gguf"
-        plan = invoke("plan", model, "--fits", memory, *SERVED, *options)
+        plan = run_json("plan", model, "--fits", memory, *SERVED, *options)
         fits = plan["fits"]
         assert fits["memory_bytes"] == memory
         assert fits["headroom_bytes"] == memory - fits["needed_bytes"] >= 0.05 * memory - 1
         assert fits["weights_bytes"] == plan["file_bytes"]
         assert "--ctx-size 2048 --parallel 2 --cache-type-k q8_0" in " ".join(fits["llama_cpp_options"])
-        invoke("emit", model, out, "--work-dir", work, *COMMON)
+        run_json("emit", model, out, "--work-dir", work, *COMMON)
         # of the finished file, as the user would ask
-        predicted = invoke("memory", out, *SERVED, "--threads", 1, "--json")["prediction"]
+        predicted = run_json("memory", out, *SERVED, "--threads", 1, "--json")["prediction"]
         assert predicted["needed_bytes"] == fits["needed_bytes"]
         assert out.stat().st_size == plan["file_bytes"] == read_header(out).file_size
         # the next larger choices are some ten kB away
@@ -76,7 +69,7 @@ def test_the_file_needs_what_was_planned(model: Path, work: Path, tmp_path: Path
     assert damages == sorted(damages, reverse=True)
     # more context, less file
     memory = least(model, work) + 2_500_000
-    longer = invoke("plan", model, "--fits", memory, "--ctx", 2304, *SERVED[2:], *options)
+    longer = run_json("plan", model, "--fits", memory, "--ctx", 2304, *SERVED[2:], *options)
     assert longer["file_bytes"] < found[-1]["file_bytes"]
 
 
@@ -94,8 +87,8 @@ def test_convert(model: Path, work: Path, tmp_path: Path) -> None:
         2,
         "--no-fisher",
     )
-    result = invoke("convert", model, out, "--fits", memory, *SERVED, "--window", 64, *options, *COMMON)
-    predicted = invoke("memory", out, *SERVED, "--threads", 1, "--json")["prediction"]
+    result = run_json("convert", model, out, "--fits", memory, *SERVED, "--window", 64, *options, *COMMON)
+    predicted = run_json("memory", out, *SERVED, "--threads", 1, "--json")["prediction"]
     assert predicted["needed_bytes"] == result["fits"]["needed_bytes"] <= 0.95 * memory
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,11 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 import mopeq_edge.atomic as atomic_module
 from converters import CONVERTERS
-from mopeq_edge.cli import cli
 from mopeq_edge.emit import emit
-from mopeq_edge.errors import FormatError, MopeqError, OutputError, PlanError, SourceError
+from mopeq_edge.errors import FormatError, OutputError, PlanError, SourceError
 from mopeq_edge.ggml.library import load_ggml
 from mopeq_edge.ggml.types import BY_NAME, GgmlType
 from mopeq_edge.gguf_file import KV, ValueType, read_header
@@ -28,6 +25,7 @@ from mopeq_edge.source.open import open_source
 from mopeq_edge.split import check_parts, gguf_parts, parse_size, part_paths, split_kvs, split_layouts
 
 from .builders import EXAMPLE_TEXT, write_gguf, write_raw_gguf
+from .commands import run_json
 
 LIMIT = 4_000_000
 
@@ -257,17 +255,10 @@ def test_an_error_leaves_nothing(
 def test_from_split_to_split(theirs: Path, tmp_path: Path) -> None:
     """The commands: a split GGUF in, a split one out, evaluated in llama.cpp; plan and emit make the same files."""
 
-    def run(*args: object) -> Any:
-        done = CliRunner().invoke(cli, [str(arg) for arg in args])
-        if isinstance(done.exception, MopeqError):
-            raise done.exception
-        assert done.exit_code == 0, done.output
-        return json.loads(done.stdout)
-
     out, work = tmp_path / "out.gguf", ("--work-dir", tmp_path / "work", "--threads", 2, "--json")
     asked = ("--target-gb", 0.008, "--types", "Q3_K,Q5_K")
     options = ("--text", EXAMPLE_TEXT, "--window", 64, "--chunks", 2, "--sample-rows", 4)
-    found = run("convert", theirs, out, *asked, "--split-max-size", "3M", *options, *work)
+    found = run_json("convert", theirs, out, *asked, "--split-max-size", "3M", *options, *work)
     parts = part_paths(out, found["output_files"])
     assert len(parts) >= 3
     assert found["output"] == parts[0].name
@@ -275,20 +266,22 @@ def test_from_split_to_split(theirs: Path, tmp_path: Path) -> None:
     assert max(sizes) <= 3_000_000
     assert sum(sizes) == found["file_bytes"] == found["predicted_file_bytes"] == found["evaluation"]["target_bytes"]
     assert sum(sizes) <= 8_000_000
-    assert run("validate", parts[0], "--json")["file_bytes"] == sum(sizes)
+    assert run_json("validate", parts[0], "--json")["file_bytes"] == sum(sizes)
     again = tmp_path / "again.gguf"
-    assert run("plan", theirs, *asked, "--split-max-size", "3000K", *work)["file_bytes"] == sum(sizes)
-    emitted = run("emit", theirs, again, "--split-max-size", "3M", *work)
+    assert run_json("plan", theirs, *asked, "--split-max-size", "3000K", *work)["file_bytes"] == sum(sizes)
+    emitted = run_json("emit", theirs, again, "--split-max-size", "3M", *work)
     assert (emitted["file_bytes"], emitted["output_files"]) == (sum(sizes), len(parts))
     assert [part.read_bytes() for part in parts] == [part.read_bytes() for part in part_paths(again, len(parts))]
     with pytest.raises(OutputError, match=r"again-00001-of-0000\d.gguf: exists already"):
-        run("emit", theirs, again, "--split-max-size", "4M", *work)
+        run_json("emit", theirs, again, "--split-max-size", "4M", *work)
     # a plan that fills its budget as one file does not fit it as several
-    whole = run("plan", theirs, *asked, *work)
+    whole = run_json("plan", theirs, *asked, *work)
     exact = whole["file_bytes"] / 1e9
-    assert run("plan", theirs, "--target-gb", f"{exact:.9f}", *asked[2:], *work)["file_bytes"] == whole["file_bytes"]
+    assert (
+        run_json("plan", theirs, "--target-gb", f"{exact:.9f}", *asked[2:], *work)["file_bytes"] == whole["file_bytes"]
+    )
     with pytest.raises(PlanError, match="plan again with the same --split-max-size"):
-        run("emit", theirs, tmp_path / "third.gguf", "--split-max-size", "3M", *work)
+        run_json("emit", theirs, tmp_path / "third.gguf", "--split-max-size", "3M", *work)
     assert not list(tmp_path.glob("third*"))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,6 +33,7 @@ from mopeq_edge.split import part_paths, read_parts, split_kvs
 from mopeq_edge.summary import summarise
 
 from .builders import EXAMPLE_TEXT, write_raw_gguf
+from .commands import run_json
 
 LIMIT = 1_200_000
 KINDS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K")
@@ -275,19 +275,12 @@ def test_what_is_rejected_names_the_file_with_the_tensor(tmp_path: Path) -> None
 def test_the_commands(tiny_model: Path, tmp_path: Path) -> None:
     """convert within the budget to the byte, and the paper's planner: plan and emit."""
 
-    def run(*args: object) -> Any:
-        done = CliRunner().invoke(cli, [str(arg) for arg in args])
-        if isinstance(done.exception, MopeqError):
-            raise done.exception
-        assert done.exit_code == 0, done.output
-        return json.loads(done.stdout)
-
     work = ("--work-dir", tmp_path / "work", "--threads", 2, "--json")
     options = ("--text", EXAMPLE_TEXT, "--window", 64, "--chunks", 2, "--sample-rows", 4, "--no-fisher")
     split = ("--types", "Q2_K,Q3_K,Q4_K", "--split-max-size", "1200K")
     knapsack = ("--layout", "per-expert", "--target-gb", 0.007)
     out = tmp_path / "out.gguf"
-    found = run("convert", tiny_model, out, *knapsack, *split, *options, *work)
+    found = run_json("convert", tiny_model, out, *knapsack, *split, *options, *work)
     files = part_paths(out, found["output_files"])
     sizes = [file.stat().st_size for file in files]
     assert len(files) >= 4
@@ -295,21 +288,21 @@ def test_the_commands(tiny_model: Path, tmp_path: Path) -> None:
     assert sum(sizes) == found["file_bytes"] == found["predicted_file_bytes"] <= 7_000_000
     assert found["evaluation"]["target_bytes"] == sum(sizes)
     assert found["evaluation"]["kld_mean_nats"] < 1
-    described = run("validate", files[0], "--work-dir", tmp_path / "work", "--json")
+    described = run_json("validate", files[0], "--work-dir", tmp_path / "work", "--json")
     assert (described["layout"], described["file_bytes"]) == ("per-expert", sum(sizes))
     assert len(described["stacks"]) > 3
     checks = {check["name"]: check["passed"] for check in described.pop("checks")}
     assert {"structure", "plan", "scales", "zeros", "logits", "routing"} <= {name for name in checks if checks[name]}
     assert described.pop("passed")
     described.pop("seconds")
-    assert run("inspect", files[0], "--json") == described
+    assert run_json("inspect", files[0], "--json") == described
     # what no target was given for comes out of the map, in the same files by plan and emit
-    made = run("plan", tiny_model, "--planner", "mopeq", "--sensitivity", "imatrix", *split, *work)
+    made = run_json("plan", tiny_model, "--planner", "mopeq", "--sensitivity", "imatrix", *split, *work)
     again = tmp_path / "again.gguf"
-    emitted = run("emit", tiny_model, again, "--split-max-size", "1200K", *work)
+    emitted = run_json("emit", tiny_model, again, "--split-max-size", "1200K", *work)
     sizes = [file.stat().st_size for file in part_paths(again, emitted["output_files"])]
     assert max(sizes) <= 1_200_000
     assert sum(sizes) == emitted["file_bytes"] == made["file_bytes"]
     assert summarise(part_paths(again, len(sizes))[0]).layout == "per-expert"
     with pytest.raises(PlanError, match="alone needs a file of"):
-        run("plan", tiny_model, *knapsack, *split[:2], "--split-max-size", "400K", *work)
+        run_json("plan", tiny_model, *knapsack, *split[:2], "--split-max-size", "400K", *work)

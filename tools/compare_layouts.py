@@ -7,20 +7,18 @@ or JSON.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import click
 
-from mopeq_edge.cli.console import available_threads, console_progress, print_json
-from mopeq_edge.pipeline import open_context, run_emit, run_plan
+from mopeq_edge.pipeline import run_emit, run_plan
 from mopeq_edge.plan.artifact import PER_EXPERT, STOCK
 from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.candidates import FLOORS
 from mopeq_edge.plan.options import PlanOptions
 from mopeq_edge.source.roles import Role
 from mopeq_edge.study.setup import Setup
-from tools.measured import comparison_options, measured, numbers
+from tools.measured import comparison_options, numbers, print_comparison
 
 BUDGETS_GB = (0.0066, 0.0070, 0.0075, 0.0080, 0.0085, 0.0092)
 """The bundled model's experts have 2.7 to 4.1 bits per weight in these."""
@@ -68,17 +66,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 @click.command()
 @comparison_options
 @click.option("--budgets", default=",".join(map(str, BUDGETS_GB)), show_default=True, help="File sizes in GB.")
-def main(
-    model: Path, text: Path | None, eval_text: Path | None, work_dir: Path, budgets: str, types: str, as_json: bool
-) -> None:
+def main(**given: Any) -> None:
     """Compare both layouts on MODEL."""
-    with console_progress() as progress:
-        context = open_context(model, work_dir, pre=None, threads=available_threads(), progress=progress)
-        rows = compare(measured(context, text, eval_text, types), tuple(float(gb) for gb in budgets.split(",")))
-    if as_json:
-        print_json(rows)
-        return
-    click.echo(markdown(rows))
+    print_comparison(compare, markdown, given)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from mopeq_edge.cli.console import available_threads, console_progress, print_json
 from mopeq_edge.evaluate.chunks import read_text
 from mopeq_edge.evaluate.run import evaluate
-from mopeq_edge.pipeline import Context
+from mopeq_edge.pipeline import Context, open_context
 from mopeq_edge.pipeline_calibrate import CalibrationRequest
 from mopeq_edge.plan.candidates import parse_types
 from mopeq_edge.study.setup import POSITIONS, Setup, prepare
@@ -41,6 +42,23 @@ def numbers(model: Setup, path: Path) -> dict[str, float]:
         "ppl": d.ppl_target,
         "same_top_fraction": d.same_top,
     }
+
+
+def print_comparison(
+    compare: Callable[[Setup, tuple[float, ...]], list[dict[str, Any]]],
+    markdown: Callable[[list[dict[str, Any]]], str],
+    given: Mapping[str, Any],
+) -> None:
+    """Run ``compare`` on what the options ``given`` ask for and print its rows, as Markdown or JSON."""
+    with console_progress() as progress:
+        threads = available_threads()
+        context = open_context(given["model"], given["work_dir"], pre=None, threads=threads, progress=progress)
+        model = measured(context, given["text"], given["eval_text"], given["types"])
+        rows = compare(model, tuple(float(gb) for gb in given["budgets"].split(",")))
+    if given["as_json"]:
+        print_json(rows)
+        return
+    click.echo(markdown(rows))
 
 
 def comparison_options(command: F) -> F:

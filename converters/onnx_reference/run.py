@@ -85,7 +85,7 @@ def run_reference(
     check_tensors(settings, parts, weights)
     ids = _checked(path, tokens, settings)
     given = None if routing is None else _checked_routing(routing, len(ids), settings)
-    with (progress or SilentProgress()).step("ONNX reference", settings.n_layer + 1) as step:
+    with (progress or SilentProgress()).step("ONNX reference", settings.n_layer + 1, "layers") as step:
         hidden = embedding(weights, ids, settings.embedding_scale)
         routed: dict[int, Routed] = {}
         for layer in range(settings.n_layer):

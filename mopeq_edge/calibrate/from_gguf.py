@@ -23,7 +23,7 @@ def calibrate_gguf(
 ) -> Statistics:
     """Activation statistics of ``text`` through the GGUF; gradients need the Hugging Face checkpoint."""
     windows = token_windows(source.kvs, text, n_ctx, chunks)
-    with tempfile.TemporaryDirectory(prefix="mopeq-edge-") as folder, progress.step("llama-imatrix", 1) as step:
+    with tempfile.TemporaryDirectory(prefix="mopeq-edge-") as folder, progress.step("llama-imatrix", None):
         text_file, output = Path(folder) / "text.txt", Path(folder) / "imatrix.gguf"
         text_file.write_text(text, encoding="utf-8")
         options = ["-m", str(source.path), "-f", str(text_file), "-o", str(output), "-c", str(n_ctx)]
@@ -34,7 +34,6 @@ def calibrate_gguf(
         except MopeqError:
             _read_all(source)
             raise
-        step.advance()
     imatrix = Imatrix(made.entries, (dataset,), made.chunk_count, made.chunk_size, unrouted=made.unrouted)
     n_vocab = next(t for t in source.tensors if t.role is Role.EMBEDDING).n_out
     counts = np.bincount(windows.reshape(-1), minlength=n_vocab).astype(np.float64)

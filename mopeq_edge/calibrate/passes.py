@@ -71,7 +71,7 @@ def forward(
     gate_weights: dict[int, Doubles] = {}
     for window in range(n_windows):
         states.put(0, window, model.embed(windows[window]))
-    with progress.step("calibrate: forward", model.n_layer * n_windows) as step:
+    with progress.step("calibrate: forward", model.n_layer * n_windows, "windows") as step:
         for layer in range(model.n_layer):
             slots = (layer, layer + 1) if keep else (0, 0)
             positions = model.positions(n_ctx, layer)
@@ -102,7 +102,7 @@ def output_sums(
     name = model.output_name
     matrix = model.output_matrix()
     activation, gradient = Sums(), Sums()
-    with progress.step("calibrate: output", n_windows) as step, model.final_norm() as norm:
+    with progress.step("calibrate: output", n_windows, "windows") as step, model.final_norm() as norm:
 
         def run(window: int) -> Recorder:
             recorder = Recorder()
@@ -139,7 +139,7 @@ def backward(
     n_windows, n_ctx = windows.shape
     sums = Sums()
     top = model.n_layer
-    with progress.step("calibrate: backward", model.n_layer * n_windows) as step:
+    with progress.step("calibrate: backward", model.n_layer * n_windows, "windows") as step:
         for layer in reversed(range(model.n_layer)):
             positions = model.positions(n_ctx, layer)
             with model.block(layer) as block:

@@ -75,7 +75,7 @@ def measure_traces(
     one_pass = (model.n_layer + 1) * n_windows
     total = one_pass + probes * 2 * (one_pass + model.n_layer * n_windows)
     try:
-        with one_torch_thread(), progress.step("calibrate: trace", total) as step:
+        with one_torch_thread(), progress.step("calibrate: trace", total, "windows") as step:
             run = Run(model, windows, states, threads, step)
             choices = record_choices(run)
             samples = [curvature(run, choices, seed=seed, probe=probe) for probe in range(probes)]

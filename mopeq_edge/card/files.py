@@ -18,7 +18,7 @@ from mopeq_edge.expert_groups.read import is_part
 from mopeq_edge.gguf_file import GGUFHeader
 from mopeq_edge.output_kvs import PLAN_KEY
 from mopeq_edge.plan.artifact import Plan
-from mopeq_edge.progress import Progress
+from mopeq_edge.progress import BYTES, Progress
 from mopeq_edge.source.roles import Role, role_of
 from mopeq_edge.split import read_parts
 from mopeq_edge.summary import summarise
@@ -146,7 +146,8 @@ def _measured(path: Path, plan_sha256: str, file_bytes: int) -> Measured | None:
 
 def _sha256(header: GGUFHeader, progress: Progress) -> str:
     hasher = hashlib.sha256()
-    with header.path.open("rb") as file, progress.step(f"SHA-256 of {header.path.name}", header.file_size) as step:
+    title = f"hashing {header.path.name}"
+    with header.path.open("rb") as file, progress.step(title, header.file_size, BYTES) as step:
         while chunk := file.read(1 << 22):
             hasher.update(chunk)
             step.advance(len(chunk))

@@ -56,12 +56,14 @@ class _Bars:
         self._bars = bars
 
     @contextmanager
-    def step(self, title: str, total: float) -> Iterator[_BarStep]:
-        task = self._bars.add_task(title, total=total)
+    def step(self, title: str, total: float | None, unit: str = "") -> Iterator[_BarStep]:
+        task = self._bars.add_task(title, total=total, unit=unit)
         try:
             yield _BarStep(self._bars, task)
         finally:
-            self._bars.update(task, completed=total if sys.exc_info()[0] is None else None, refresh=True)
+            if sys.exc_info()[0] is None:
+                # of what had no total: one, so that the bar stands full and still
+                self._bars.update(task, total=total or 1, completed=total or 1, refresh=True)
 
     def note(self, message: str) -> None:
         self._bars.console.print(printable(message), highlight=False, markup=False, soft_wrap=True)
@@ -69,26 +71,14 @@ class _Bars:
 
 @contextmanager
 def console_progress() -> Iterator[Progress]:
-    """Bars with rate and remaining time on stderr; where stderr is no terminal only the notes are printed."""
+    """Bars with rate, elapsed and remaining time on stderr; where stderr is no terminal only the notes are printed."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import Progress
+
+    from mopeq_edge.cli.bars import columns
 
     console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description:<22}"),
-        BarColumn(bar_width=24),
-        TaskProgressColumn(show_speed=True),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    with Progress(*columns(), console=console, disable=not console.is_terminal) as bars:
         yield _Bars(bars)
 
 

@@ -144,7 +144,7 @@ def open_model(path: Path, source: Path | None, pre: str | None, keep_mtp: bool 
             raise SourceError(f"{path}: a plan does not say how the model is built; give its source with --model")
         plan = read_plan(path)
         kvs = as_stored(source).kvs if source.is_dir() else read_parts(source)[0].kvs
-        return model_of_plan(plan, kvs if plan.expert_padding is None else plan.expert_padding.kvs(kvs), str(path))
+        return model_of_plan(plan, kvs, str(path))
     if source is not None:
         raise SourceError(f"{path}: --model is for a plan.json; leave it out")
     if path.is_dir():
@@ -217,7 +217,8 @@ def _print(
     device_rows.append(("GPU shares the memory", shared_memory))
     print_table(rows_table(device.name or "this device", device_rows))
     limit = "an unknown limit" if verdict.limit is None else both(verdict.limit)
-    click.echo(f"{verdict.word}: {both(verdict.needed)} needed, {limit} to be had")
+    word = click.style(verdict.word, fg="green" if verdict.ok else "red", bold=True)
+    click.echo(f"{word}: {both(verdict.needed)} needed, {limit} to be had")
     if verdict.missing:
         click.echo(f"missing: {both(verdict.missing)}")
     for lever in levers:

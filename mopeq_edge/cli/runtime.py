@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from mopeq_edge.cli.console import json_option
 
 if TYPE_CHECKING:
     from mopeq_edge.runtime.info import RuntimeInfo
@@ -46,6 +47,10 @@ def install(jobs: int | None, force: bool, stock: bool, cuda: bool, cuda_arch: s
     """Build llama.cpp: tools, libraries and its converter.
 
     Needs a C++ compiler, cmake and about 0.6 GB of disk while it builds; 5 to 15 minutes, with --cuda longer.
+
+    \b
+    Example:
+      mopeq-edge runtime install --cuda --cuda-arch 87
     """
     from mopeq_edge.cli.console import console_progress
     from mopeq_edge.llama_cpp.bundle import STOCK, build_name
@@ -101,15 +106,22 @@ def patch(directory: Path, check: bool, reverse: bool) -> None:
 
 
 @runtime.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@json_option
 def info(as_json: bool) -> None:
-    """Show the installed llama.cpp, its tools and the libraries in use."""
+    """Show the installed llama.cpp, its tools and the libraries in use.
+
+    \b
+    Example:
+      mopeq-edge runtime info
+    """
+    from mopeq_edge.cli.console import print_json
     from mopeq_edge.runtime.info import collect_info
 
     found = collect_info()
     if as_json:
-        click.echo(json.dumps(_as_dict(found), indent=2, sort_keys=True))
+        print_json(_as_dict(found))
         return
+    # no table: paths are there to be copied
     rows = _rows(found)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:

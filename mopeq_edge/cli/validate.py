@@ -134,7 +134,7 @@ def checks_table(found: Validated) -> Table:
     table = Table(box=box.SIMPLE, show_edge=False)
     for name in ("Check", "", "What was found"):
         table.add_column(name, overflow="fold")
-    words = {True: "passed", False: "FAILED", None: "left out"}
+    words = {True: Text("passed", "green"), False: Text("FAILED", "bold red"), None: Text("left out", "dim")}
     for check in found.checks:
         table.add_row(check.name, words[check.passed], Text(f"{check.looked_at}: {check.message}"))
     return table

@@ -20,7 +20,7 @@ from mopeq_edge.runtime.locate import (
     pinned_version,
 )
 from mopeq_edge.runtime.per_expert import knows_expert_groups, runs_expert_groups
-from mopeq_edge.runtime.process import describe_exit
+from mopeq_edge.runtime.process import describe_exit, version_output
 
 OPTION, INSTALLED, PACKAGE = "--llama-cpp", "runtime", "llama-cpp-python"
 LOOKED_FOR = ("llama-server", "llama-cli", "llama-bench")
@@ -105,20 +105,8 @@ class ToolVersion:
 
 def tool_version(program: Path) -> ToolVersion:
     """From "version: 0.5.0-dev (build 7012, commit 1a2b3c4)", or of earlier builds "version: 7012 (1a2b3c4)"."""
-    try:
-        done = subprocess.run(
-            [program, "--version"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
-            timeout=60,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ToolVersion(None, None, None)
-    return read_version(done.stdout)
+    output = version_output(program, seconds=60)
+    return ToolVersion(None, None, None) if output is None else read_version(output)
 
 
 def read_version(text: str) -> ToolVersion:

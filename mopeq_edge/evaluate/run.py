@@ -14,7 +14,7 @@ from mopeq_edge.errors import MopeqError
 from mopeq_edge.evaluate.chunks import Positions, cut_text, first_counted, read_text
 from mopeq_edge.evaluate.divergence import Divergence, PositionScores, compare, summarise
 from mopeq_edge.evaluate.reference import ReferenceKey, ReferenceLogits, open_reference, write_reference
-from mopeq_edge.progress import Progress, SilentProgress, Step
+from mopeq_edge.progress import BYTES, Progress, SilentProgress, Step
 from mopeq_edge.split import gguf_parts
 from mopeq_edge.units import plural
 
@@ -115,7 +115,7 @@ def make_reference(
         progress.note(f"{text}: has {plural(len(tokens), 'window')} of {n_ctx} tokens, {n_chunks} were asked for")
     with (
         _open(source_gguf, n_ctx, n_threads, n_gpu_layers, progress) as model,
-        progress.step("Running the source", len(tokens)) as step,
+        progress.step("running the source", len(tokens), "windows") as step,
     ):
         rows = _rows(model, tokens, first_counted(n_ctx, positions), step)
         return write_reference(work_dir, key, source_gguf.name, tokens, n_vocab, rows)
@@ -150,7 +150,7 @@ def evaluate(
                 f"{target}: has {model.n_vocab} tokens in its vocabulary, expected {reference.n_vocab} as in "
                 f"{reference.source_name}; evaluate it against the model it was made from"
             )
-        with progress.step("Running the target", reference.n_windows) as step:
+        with progress.step("running the target", reference.n_windows, "windows") as step:
             # The reference's first row, not ours: which rows are asked for must not differ between the two.
             windows = _rows(model, reference.tokens, reference.first, step)
             for index, logits in enumerate(windows):
@@ -180,7 +180,7 @@ def gguf_sha256(path: Path, progress: Progress | None = None) -> str:
     try:
         parts = gguf_parts(path)
         total = sum(part.stat().st_size for part in parts)
-        with (progress or SilentProgress()).step(f"Hashing {path.name}", total) as step:
+        with (progress or SilentProgress()).step(f"hashing {path.name}", total, BYTES) as step:
             for part in parts:
                 with part.open("rb") as file:
                     while block := file.read(_READ_BYTES):

@@ -144,7 +144,7 @@ def model_of_plan(plan: Plan, kvs: Mapping[str, KV], name: str) -> Model:
     types = plan.type_of()
     sources = [SourceTensor(t.name, t.shape, types_as_stored(types[t.name])) for t in plan.tensors]
     tensors = tuple(StoredTensor(*spec) for spec in file_specs(sources, types))
-    return Model(name, hyperparameters(name, kvs), tensors, plan.file_bytes)
+    return Model(name, hyperparameters(name, plan.kvs(kvs)), tensors, plan.file_bytes)
 
 
 def types_as_stored(kind: Any) -> GgmlType:

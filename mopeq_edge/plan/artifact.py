@@ -13,7 +13,7 @@ from mopeq_edge.artifacts import digest, read_json, write_json
 from mopeq_edge.errors import FormatError, printable
 from mopeq_edge.expert_groups.layout import MAX_GROUPS, ExpertGroup, Grouping
 from mopeq_edge.ggml.types import BY_NAME, F32, I32, GgmlType
-from mopeq_edge.gguf_file import MAX_NAME, MAX_TENSORS
+from mopeq_edge.gguf_file import KV, MAX_NAME, MAX_TENSORS
 from mopeq_edge.json_file import Check, is_count, is_number, is_texts, require
 from mopeq_edge.source.model import SourceTensor
 from mopeq_edge.source.padded import ExpertPadding
@@ -115,6 +115,10 @@ class Plan:
     def type_of(self) -> dict[str, GgmlType | Grouping]:
         """Type, or groups of types, by tensor name."""
         return {t.name: t.written_as() for t in self.tensors}
+
+    def kvs(self, kvs: Mapping[str, KV]) -> Mapping[str, KV]:
+        """``kvs`` of the source as the planned file has them: the width of padded experts is another."""
+        return kvs if self.expert_padding is None else self.expert_padding.kvs(kvs)
 
     def is_quantized(self, tensor: PlannedTensor) -> bool:
         """Whether the plan chose the type of ``tensor`` (a matrix, no norm, router or bias)."""

@@ -134,7 +134,7 @@ class CMakeBuild:
         """Build ``targets`` with ``jobs`` compilers at once. Raises RuntimeMissingError on failure."""
         command: list[str | Path] = [self._tools.cmake, "--build", self.tree, "--config", "Release"]
         command += ["-j", str(jobs), "--target", *targets]
-        with progress.step("Building llama.cpp", 100) as step:
+        with progress.step("building llama.cpp", 100) as step:
             done = 0.0
 
             def on_line(line: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from mopeq_edge.runtime.locate import (
     tool,
 )
 from mopeq_edge.runtime.per_expert import runs_expert_groups
+from mopeq_edge.runtime.process import version_output
 
 
 @dataclass(frozen=True)
@@ -113,19 +113,9 @@ def _tool_info(name: str, runtime: Runtime) -> ToolInfo:
         path = tool(name, runtime)
     except RuntimeMissingError:
         return ToolInfo(name, None, None)
-    try:
-        done = subprocess.run(
-            [path, "--version"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            errors="replace",
-            timeout=20,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
+    output = version_output(path, seconds=20)
+    if output is None:
         return ToolInfo(name, path, None)
     # llama-quantize has no --version and prints its usage.
-    lines = [line for line in done.stdout.splitlines() if line.startswith("version:")]
+    lines = [line for line in output.splitlines() if line.startswith("version:")]
     return ToolInfo(name, path, lines[0].removeprefix("version:").strip() if lines else None)

@@ -103,9 +103,8 @@ def _install(
     _check_space(target.parent)
     try:
         if sdist is None:
-            with progress.step(f"Downloading the source of {BINDING} {version}", 1) as step:
+            with progress.step(f"downloading {BINDING} {version}", None):
                 sdist = download_sdist(version, work / "download")
-                step.advance()
         source = unpack_source(sdist, work / "source", version)
         if prepare is not None:
             prepare(source)

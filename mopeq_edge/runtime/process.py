@@ -53,6 +53,24 @@ def run_lines(
             raise
 
 
+def version_output(program: Path, seconds: float) -> str | None:
+    """What ``program --version`` prints; None if it cannot start or takes longer than ``seconds``."""
+    try:
+        done = subprocess.run(
+            [program, "--version"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            timeout=seconds,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout
+
+
 def describe_exit(code: int) -> str:
     """An exit code of `run_lines` in words, to follow a program's name."""
     if code >= 0:

@@ -51,7 +51,7 @@ def measure_sensitivity(
         norms, largest = _norms(source, tensors, pool, progress)
         mopeq = _mopeq_by_layer(tensors, norms)
         errors = {}
-        with progress.step("sensitivity", total_matrices(tensors)) as step:
+        with progress.step("sensitivity", total_matrices(tensors), "matrices") as step:
             for tensor in tensors:
                 has_imatrix = imatrix is not None and tensor.name in imatrix.entries
                 padded = tensor if padding is None else padding.tensor(tensor)
@@ -100,7 +100,7 @@ def _norms(
 
     norms: dict[str, Doubles] = {}
     largest: dict[str, Doubles] = {}
-    with progress.step("norms", total_matrices(tensors)) as step:
+    with progress.step("norms", total_matrices(tensors), "matrices") as step:
         for tensor in tensors:
             futures = [pool.submit(norm, tensor, m) for m in range(tensor.n_matrices)]
             norms[tensor.name], largest[tensor.name] = np.array([future.result() for future in futures]).T

@@ -92,7 +92,7 @@ def grid_cases(setup: Setup, grid: Grid) -> list[Case]:
     cases: list[Case] = []
     sizes = preset_sizes(setup) if PRESETS in grid.controls else {}
     n_plans = len(grid.budgets) * len(grid.layouts) * len(grid.sensitivities)
-    with setup.context.progress.step("Planning", n_plans) as step:
+    with setup.context.progress.step("planning", n_plans, "plans") as step:
         for budget in grid.budgets:
             for layout in grid.layouts:
                 base = _plan(setup, budget, grid.sensitivities[0], KNAPSACK, layout)

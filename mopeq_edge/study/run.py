@@ -34,7 +34,7 @@ def run_cases(setup: Setup, cases: Sequence[Case], file: RowFile, *, keep: bool 
     The GGUFs are written to ``study`` in the work directory and deleted after their measurement unless ``keep``.
     """
     rows = []
-    with setup.context.progress.step("Study", len(cases)) as step:
+    with setup.context.progress.step("study", len(cases), "files") as step:
         for case in cases:
             made_from = case.made_from(setup)
             row = file.get(case.name, made_from)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mopeq_edge.progress import Progress
+from mopeq_edge.progress import BYTES, Progress
 from mopeq_edge.validate.blocks import BadScales, bad_scales
 from mopeq_edge.validate.stored import Bytes, Matrix, StoredModel
 
@@ -40,7 +40,7 @@ def scan(model: StoredModel, threads: int, progress: Progress) -> tuple[Scanned,
     matrices = model.matrices
     with (
         ThreadPoolExecutor(threads) as pool,
-        progress.step("Reading weights", sum(m.nbytes for m in matrices)) as step,
+        progress.step("reading weights", sum(m.nbytes for m in matrices), BYTES) as step,
     ):
 
         def look(work: Sequence[tuple[Matrix, int, int]]) -> list[_Piece]:

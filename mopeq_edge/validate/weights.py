@@ -87,7 +87,7 @@ def compare_weights(
     """
     tensors = {tensor.name: tensor for tensor in source.tensors}
     work = list(_work(model, tensors))
-    with ThreadPoolExecutor(threads) as pool, progress.step("Against the source", len(work)) as step:
+    with ThreadPoolExecutor(threads) as pool, progress.step("against the source", len(work), "matrices") as step:
 
         def one(task: tuple[Matrix, SourceTensor, Bound]) -> Compared:
             matrix, tensor, bound = task

@@ -297,7 +297,7 @@ class _Listing(SilentProgress):
         self.seen: list[list[int]] = []
 
     @contextmanager
-    def step(self, title: str, total: float) -> Iterator[Step]:
+    def step(self, title: str, total: float | None, unit: str = "") -> Iterator[Step]:
         maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(self._folder) in line]
         # a killed process leaves nothing: the files have no names any more
         assert all(line.endswith("(deleted)") for line in maps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,31 +50,45 @@ def test_the_table_of_commands_is_what_there_is() -> None:
     assert invoke("--version").stdout == f"mopeq-edge, version {__version__}\n"
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+def command_of(words: Sequence[str]) -> click.Command:
+    command: click.Command = cli
+    for word in words:
+        assert isinstance(command, click.Group)
+        found = command.get_command(click.Context(command), word)
+        assert found is not None
+        command = found
+    return command
+
+
+def every_command() -> list[str]:
+    """Each command that runs, with the words that lead to it."""
+    names = []
+    for name in COMMANDS:
+        command = command_of([name])
+        names += [f"{name} {child}" for child in command.commands] if isinstance(command, click.Group) else [name]
+    return names
+
+
+@pytest.mark.parametrize("name", [*every_command(), "runtime"])
 def test_help_fits_the_terminal_and_describes_every_option(name: str) -> None:
     for flag in ("--help", "-h"):
-        done = invoke(name, flag)
+        done = invoke(*name.split(), flag)
         assert done.exit_code == 0
     assert max(len(line) for line in done.stdout.splitlines()) <= WIDTH
-    command = cli.get_command(click.Context(cli), name)
-    assert command is not None
-    leaves = list(command.commands.values()) if isinstance(command, click.Group) else [command]
-    for leaf in leaves:
-        assert leaf.help
-        for option in leaf.params:
-            if isinstance(option, click.Option):
-                assert option.help, f"{name} {leaf.name}: {option.name}"
+    command = command_of(name.split())
+    assert command.help
+    for option in command.params:
+        if isinstance(option, click.Option):
+            assert option.help, f"{name}: {option.name}"
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", every_command())
 def test_help_has_an_example_whose_options_exist(name: str) -> None:
-    shown = invoke(name, "--help").stdout
-    example = re.search(rf"^  Example:\n    mopeq-edge {name} (.+)$", shown, re.MULTILINE)
+    shown = invoke(*name.split(), "--help").stdout
+    example = re.search(rf"^  Example:\n    mopeq-edge {name}(.*)$", shown, re.MULTILINE)
     assert example is not None
-    command = cli.get_command(click.Context(cli), name)
-    assert command is not None
     # parses: no unknown option, no missing argument
-    command.make_context(name, example[1].split(), resilient_parsing=False)
+    command_of(name.split()).make_context(name, example[1].split(), resilient_parsing=False)
 
 
 def test_inspect_of_the_bundled_model_by_hand(tiny_model: Path) -> None:

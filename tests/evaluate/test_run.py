@@ -31,7 +31,7 @@ class Recorder:
         self.notes: list[str] = []
 
     @contextmanager
-    def step(self, title: str, total: float) -> Iterator[Step]:
+    def step(self, title: str, total: float | None, unit: str = "") -> Iterator[Step]:
         self.steps[title] = [total, 0.0]
         yield _RecordedStep(self.steps[title])
 

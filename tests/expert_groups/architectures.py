@@ -13,6 +13,20 @@ import numpy.typing as npt
 
 N_LAYER, N_EMBD, N_FF, N_EXPERT, N_USED, N_HEAD, N_VOCAB = 2, 256, 256, 8, 3, 4, 384
 HEAD = N_EMBD // N_HEAD
+COMMON_KEYS: Mapping[str, Any] = {
+    "block_count": N_LAYER,
+    "context_length": 1024,
+    "embedding_length": N_EMBD,
+    "feed_forward_length": N_FF,
+    "attention.head_count": N_HEAD,
+    "attention.head_count_kv": N_HEAD,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+    "rope.freq_base": 10000.0,
+    "rope.dimension_count": HEAD,
+    "expert_count": N_EXPERT,
+    "expert_used_count": N_USED,
+}
+"""What every architecture has, behind its name and a dot; its own keys come on top."""
 
 Floats = npt.NDArray[np.float32]
 Shape = tuple[int, ...]
@@ -189,21 +203,7 @@ def finish(writer: gguf.GGUFWriter) -> None:
 
 
 def _write_keys(writer: gguf.GGUFWriter, architecture: Architecture) -> None:
-    keys: dict[str, Any] = {
-        "block_count": N_LAYER,
-        "context_length": 1024,
-        "embedding_length": N_EMBD,
-        "feed_forward_length": N_FF,
-        "attention.head_count": N_HEAD,
-        "attention.head_count_kv": N_HEAD,
-        "attention.layer_norm_rms_epsilon": 1e-5,
-        "rope.freq_base": 10000.0,
-        "rope.dimension_count": HEAD,
-        "expert_count": N_EXPERT,
-        "expert_used_count": N_USED,
-        "vocab_size": N_VOCAB,
-        **architecture.keys,
-    }
+    keys: dict[str, Any] = {**COMMON_KEYS, "vocab_size": N_VOCAB, **architecture.keys}
     adders: Sequence[tuple[type, Callable[[str, Any], None]]] = (
         (bool, writer.add_bool),
         (int, writer.add_uint32),

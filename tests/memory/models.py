@@ -19,15 +19,12 @@ from ..builders import TOKENIZER_FROM, write_raw_gguf
 from ..expert_groups.architectures import (
     ARCHITECTURES,
     ATTENTION,
+    COMMON_KEYS,
     DENSE,
     EXPERTS,
-    HEAD,
     N_EMBD,
-    N_EXPERT,
     N_FF,
-    N_HEAD,
     N_LAYER,
-    N_USED,
     SHARED,
     Architecture,
 )
@@ -65,21 +62,7 @@ def kv(value: Any) -> KV:
 def write_zeros(path: Path, name: str, **keys: Any) -> Path:
     """The architecture called ``name`` in the table of the expert groups' tests; ``keys`` replace its own."""
     own = ALL[name]
-    common = {
-        "block_count": N_LAYER,
-        "context_length": 131072,
-        "embedding_length": N_EMBD,
-        "feed_forward_length": N_FF,
-        "attention.head_count": N_HEAD,
-        "attention.head_count_kv": N_HEAD,
-        "attention.layer_norm_rms_epsilon": 1e-5,
-        "rope.freq_base": 10000.0,
-        "rope.dimension_count": HEAD,
-        "expert_count": N_EXPERT,
-        "expert_used_count": N_USED,
-        **own.keys,
-        **keys,
-    }
+    common = {**COMMON_KEYS, "context_length": 131072, **own.keys, **keys}
     kvs = {"general.architecture": kv(own.name), **{f"{own.name}.{key}": kv(value) for key, value in common.items()}}
     shapes: dict[str, tuple[int, ...]] = {
         "token_embd.weight": (N_EMBD, N_VOCAB),

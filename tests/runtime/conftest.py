@@ -70,10 +70,10 @@ class Recorder:
     def __init__(self) -> None:
         self.notes: list[str] = []
         self.steps: dict[str, list[float]] = {}
-        self.totals: dict[str, float] = {}
+        self.totals: dict[str, float | None] = {}
 
     @contextmanager
-    def step(self, title: str, total: float) -> Iterator[_Step]:
+    def step(self, title: str, total: float | None, unit: str = "") -> Iterator[_Step]:
         self.totals[title] = total
         yield _Step(self.steps.setdefault(title, []))
 
