@@ -124,9 +124,7 @@ def _write_shard(path: Path, shapes: Shapes, sample_rows: int) -> None:
                 os.pwrite(file.fileno(), values.tobytes(), start + 2 * first * shape[-1])
 
 
-def _content(
-    name: str, shape: tuple[int, ...], sample_rows: int
-) -> Iterator[tuple[int, npt.NDArray[np.uint16]]]:
+def _content(name: str, shape: tuple[int, ...], sample_rows: int) -> Iterator[tuple[int, npt.NDArray[np.uint16]]]:
     """(first row, BF16 rows) of what is not zero."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     if len(shape) == 1:

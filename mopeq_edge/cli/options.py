@@ -142,18 +142,29 @@ plan_options = _stack(
     click.option("--bits", help="--planner mopeq: types of its precisions (default: 2=Q2_K,3=Q3_K,4=Q4_K)."),
 )
 
+_sample_rows = click.option(
+    "--sample-rows",
+    type=click.IntRange(min=2),
+    help="Rows measured of each expert, 8 times that of other matrices (default: all).",
+)
+
+
+def _quantize_with(choices: tuple[str, ...], what: str) -> Callable[[F], F]:
+    return click.option("--quantize-with", type=click.Choice(choices), default="auto", show_default=True, help=what)
+
+
 measure_options = _stack(
-    click.option(
-        "--sample-rows",
-        type=click.IntRange(min=2),
-        help="Rows measured of each expert, 8 times that of other matrices (default: all).",
+    _sample_rows,
+    _quantize_with(
+        ("auto", "activation", "gradient"),
+        "Imatrix that weighs the quantizer; convert measures which is better.",
     ),
-    click.option(
-        "--quantize-with",
-        type=click.Choice(["auto", "activation", "gradient"]),
-        default="auto",
-        show_default=True,
-        help="Imatrix that weighs the quantizer; convert measures which is better.",
+)
+sensitivity_options = _stack(
+    _sample_rows,
+    _quantize_with(
+        ("auto", "activation", "gradient", "none"),
+        "Imatrix that weighs the quantizer; none needs no calibration, for --sensitivity weight-mse or mopeq.",
     ),
 )
 

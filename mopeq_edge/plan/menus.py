@@ -18,6 +18,7 @@ from mopeq_edge.plan.menu_problem import Menus, Problem
 from mopeq_edge.plan.menu_series import Series
 from mopeq_edge.plan.path import Chosen, Path
 
+
 def solve_menus(problem: Problem, budget: int, spare: int = 0) -> tuple[Chosen | None, float]:
     """The least damage found within ``budget`` bytes (None where no menus fit it) and a lower bound of it.
 
@@ -48,9 +49,7 @@ class _Best:
     price: float
 
 
-def _best_of(
-    problem: Problem, every: Iterable[Menus], priced: Priced, budget: int, best: _Best | None
-) -> _Best | None:
+def _best_of(problem: Problem, every: Iterable[Menus], priced: Priced, budget: int, best: _Best | None) -> _Best | None:
     """The best choice within any of the menus, or ``best``; those whose bound is no better are not solved."""
     found = list({menus.tobytes(): menus for menus in every}.values())
     rooms = [budget - problem.overhead_of(menus) for menus in found]

@@ -23,6 +23,9 @@ NEVER = 2**60
 CORE, SMALL_CORE, MANY = 100, 30, 4096
 """Rows that are solved exactly, at most; fewer where there are more than :data:`MANY`, of which each matters less."""
 
+MOST_STATES = 10**5
+"""Of the exact solution that are kept; hundreds are usual."""
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -51,8 +54,12 @@ class Path:
         cut = self._cut(budget)
         return float(self.rate[cut]) if cut < len(self.rate) else 0.0
 
-    def solve(self, budget: int) -> Chosen | None:
-        """The best choice found within ``budget``; None where even the cheapest is too much."""
+    def solve(self, budget: int, *, exactly: bool = False) -> Chosen | None:
+        """The best choice found within ``budget``; None where even the cheapest is too much.
+
+        ``exactly`` makes all rows the core, largest steps first, so that the many small ones at the end leave few
+        states: the choice is then proven best, unless there came to be more than :data:`MOST_STATES`.
+        """
         if budget < self.least_cost:
             return None
         cut = self._cut(budget)
@@ -62,14 +69,14 @@ class Path:
         if cut == len(self.row):
             return Chosen(choice, cost, damage, damage)
         bound = max(0.0, damage - float(self.rate[cut]) * (budget - cost))
-        core = self._core(float(self.rate[cut]))
+        core = self._by_size() if exactly else self._core(float(self.rate[cut]))
         room = budget - cost + int(_at(self.costs[core], choice[core]).sum())
         found = choice.copy()
-        found[core] = self._solve_core(core, room, choice[core])
+        found[core], is_best = self._solve_core(core, room, choice[core])
         better_cost, better = self._evaluate(found)
         if better < damage:
             choice, cost, damage = found, better_cost, better
-        return Chosen(choice, cost, damage, min(bound, damage))
+        return Chosen(choice, cost, damage, damage if exactly and is_best else min(bound, damage))
 
     def _cut(self, budget: int) -> int:
         """Number of steps that ``budget`` pays in full."""
@@ -88,8 +95,15 @@ class Path:
         order = np.argsort(regret, kind="stable")[: CORE if len(value) <= MANY else SMALL_CORE]
         return np.asarray(order[np.isfinite(regret[order])][::-1])
 
-    def _solve_core(self, core: Ints, room: int, fallback: Ints) -> Ints:
-        """The best options of the rows ``core`` within ``room`` bytes together, row by row with bounds.
+    def _by_size(self) -> Ints:
+        """All rows, those of large steps first, in classes of a factor of two."""
+        largest = np.ones(len(self.costs))
+        np.maximum.at(largest, self.row, self.extra)
+        return np.argsort(-np.round(np.log2(largest)), kind="stable")
+
+    def _solve_core(self, core: Ints, room: int, fallback: Ints) -> tuple[Ints, bool]:
+        """The best options of the rows ``core`` within ``room`` bytes together, row by row with bounds, and whether
+        they are proven best.
 
         States are (cost, damage) of the rows so far. One is dropped if another costs and hurts no more, or if even
         without integrality the rows that are left cannot make it better than the best known.
@@ -106,6 +120,7 @@ class Path:
         best = float(_at(self.damages[core], fallback).sum())
         rounding = 1e-13 * float(first_damage[0])
         trail: list[tuple[Ints, Ints]] = []
+        is_best = True
         for i in range(n):
             options = np.flatnonzero(np.isfinite(self.damages[core[i]]))
             options = options[self.costs[core[i], options] <= room]
@@ -125,7 +140,10 @@ class Path:
             lowest = np.minimum.accumulate(damage[keep])
             keep = keep[np.concatenate([[True], damage[keep][1:] < lowest[:-1]])] if len(keep) else keep
             if not len(keep):
-                return fallback
+                return fallback, is_best
+            if len(keep) > MOST_STATES:
+                is_best = False
+                keep = np.sort(keep[np.argsort(ideal[keep], kind="stable")[:MOST_STATES]])
             cost, damage = cost[keep], damage[keep]
             trail.append((parent[keep], option[keep]))
         at = int(np.lexsort((cost, damage))[0])
@@ -133,7 +151,7 @@ class Path:
         for i in range(n - 1, -1, -1):
             parent, option = trail[i]
             picks[i], at = option[at], int(parent[at])
-        return picks
+        return picks, is_best
 
 
 def _at(values: npt.NDArray[np.generic], choice: Ints) -> npt.NDArray[np.generic]:

@@ -36,8 +36,8 @@ from tools.sparse_checkpoint import Size, write_sparse_checkpoint
 
 PRE = "deepseek-v3"
 STAGES = (
-    ("mopeq_edge.pipeline_context", "open_planning_context"),
-    ("mopeq_edge.pipeline_calibrate", "load_statistics"),
+    ("mopeq_edge.pipeline", "open_description"),
+    ("mopeq_edge.pipeline_calibrate", "load_calibrated"),
     ("mopeq_edge.pipeline", "load_sensitivity"),
     ("mopeq_edge.pipeline", "run_plan"),
     ("mopeq_edge.pipeline", "run_forecast"),
@@ -78,7 +78,8 @@ def write_work(work: WorkDirectory, source: Source, spread: float) -> None:
     counts = {t.layer: n_tokens * rng.dirichlet(np.full(t.n_matrices, 2.0)) for t in stacks if t.layer is not None}
     entries = {}
     for tensor in matrices:
-        seen = counts[tensor.layer] if tensor in stacks and tensor.layer is not None else np.full(tensor.n_matrices, 1e4)
+        of_layer = counts.get(tensor.layer) if tensor.role is Role.EXPERT and tensor.layer is not None else None
+        seen = np.full(tensor.n_matrices, 1e4) if of_layer is None else of_layer
         sums = rng.random((tensor.n_matrices, tensor.n_in), dtype=np.float32)
         entries[tensor.name] = Entry(sums + 0.1, np.maximum(seen, 1.0).astype(np.float32))
     for name, kind in ((ACTIVATION_FILE, "activation"), (GRADIENT_FILE, GRADIENT)):
