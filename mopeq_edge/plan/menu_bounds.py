@@ -30,7 +30,7 @@ class Priced:
         size = len(problem.grouped) * n_types
         lost = second - self._best
         self._used: Menus = (np.bincount(place, minlength=size) > 0).reshape(-1, n_types)
-        self._lost: Doubles = np.bincount(place, lost, minlength=size).reshape(-1, n_types)
+        self._lost: Doubles = np.bincount(place, lost, minlength=size).reshape(-1, n_types).astype(np.float64)
         """[n_stacks, n_types]: what is lost at least without a type."""
 
     def estimate(self, menus: Menus) -> float:

@@ -126,7 +126,6 @@ def _lost(value: npt.NDArray[np.float32], starts: Ints) -> Doubles:
         np.minimum(second, np.maximum(least, own), out=second)
         np.minimum(least, own, out=least)
     second -= least
-    return np.stack(
-        [np.add.reduceat(np.where(own == least, second, np.float32(0)), starts, dtype=np.float64) for own in value],
-        axis=1,
-    )
+    mine = np.where(value == least, second, np.float32(0))
+    lost: Doubles = np.add.reduceat(mine, starts, axis=1, dtype=np.float64).T
+    return lost

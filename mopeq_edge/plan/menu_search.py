@@ -33,7 +33,17 @@ class _Nodes:
     split: Ints
 
     def pick(self, which: Flags) -> _Nodes:
-        return _Nodes(*(own[which] for own in (self.stack, self.gone, self.kept, self.bound, self.split)))
+        return _Nodes(self.stack[which], self.gone[which], self.kept[which], self.bound[which], self.split[which])
+
+    def with_more(self, *others: _Nodes) -> _Nodes:
+        every = (self, *others)
+        return _Nodes(
+            np.concatenate([own.stack for own in every]),
+            np.concatenate([own.gone for own in every]),
+            np.concatenate([own.kept for own in every]),
+            np.concatenate([own.bound for own in every]),
+            np.concatenate([own.split for own in every]),
+        )
 
 
 def least_of_stacks(value: Doubles, extra: Doubles, known: Doubles, enough: float) -> Doubles:
@@ -61,15 +71,12 @@ def least_of_stacks(value: Doubles, extra: Doubles, known: Doubles, enough: floa
         gone, kept = parents.gone.copy(), parents.kept.copy()
         gone[rows, parents.split] = True
         kept[rows, parents.split] = True
-        children = (
+        nodes = nodes.pick(~is_open).with_more(
             _look(value, extra, parents.stack, gone, parents.kept),
             _look(value, extra, parents.stack, parents.gone, kept),
         )
-        parts = (nodes.pick(~is_open), *children)
-        nodes = _Nodes(
-            *(np.concatenate([getattr(p, name) for p in parts]) for name in ("stack", "gone", "kept", "bound", "split"))
-        )
-    return np.minimum(lowest, known)
+    found: Doubles = np.minimum(lowest, known)
+    return found
 
 
 def _look(value: Doubles, extra: Doubles, stack: Ints, gone: Flags, kept: Flags) -> _Nodes:
@@ -103,5 +110,6 @@ def _losses(value: Doubles, stack: Ints, gone: Flags) -> tuple[Doubles, Doubles,
         first[better] = kind
         np.minimum(best, own, out=best)
     place = (first + n_types * np.arange(n)[:, None]).ravel()
-    lost = np.bincount(place, (second - best).ravel(), n * n_types).reshape(n, n_types)
-    return best.sum(axis=1), lost, np.bincount(place, minlength=n * n_types).reshape(n, n_types) > 0
+    lost = np.bincount(place, (second - best).ravel(), n * n_types).reshape(n, n_types).astype(np.float64)
+    least: Doubles = best.sum(axis=1)
+    return least, lost, np.bincount(place, minlength=n * n_types).reshape(n, n_types) > 0

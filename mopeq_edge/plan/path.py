@@ -192,9 +192,11 @@ def _steps(costs: Ints, damages: Doubles, start: Ints) -> tuple[Ints, Ints, Ints
     at += 1
     found = rate[at, row]
     order = np.argsort(-found, kind="stable")
-    row, at = row[order], at[order]
-    extra, saved = cost[at, row] - cost[at - 1, row], damage[at - 1, row] - damage[at, row]
-    return row, hull[at, row], extra, saved, found[order]
+    row, at = row[order].astype(np.int64), at[order]
+    gain: Doubles = damage[at - 1, row] - damage[at, row]
+    longer: Ints = cost[at, row] - cost[at - 1, row]
+    steepness: Doubles = found[order]
+    return row, hull[at, row], longer, gain, steepness
 
 
 def _rise(costs: Ints) -> bool:
