@@ -57,7 +57,7 @@ class Digests:
             with (progress or SilentProgress()).step("hash of the source", total, "bytes") as step:
 
                 def hashed(path: Path) -> str:
-                    return file_digest(path, step.advance)
+                    return file_digest(path) if progress is None else file_digest(path, step.advance)
 
                 with ThreadPoolExecutor(min(threads, MOST_AT_ONCE)) as pool:
                     for path, found in zip(unknown, pool.map(hashed, unknown), strict=True):

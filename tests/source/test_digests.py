@@ -52,7 +52,7 @@ def test_digest_is_remembered(checkpoint: HuggingFaceSource, tmp_path: Path, mon
     hashed: list[str] = []
     real = file_digest
 
-    def counting(path: Path, *_: object) -> str:
+    def counting(path: Path) -> str:
         hashed.append(path.name)
         return real(path)
 
