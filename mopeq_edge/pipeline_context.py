@@ -9,10 +9,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from mopeq_edge.artifacts import digest
+from mopeq_edge.engine.interface import Engine
 from mopeq_edge.progress import Progress
 from mopeq_edge.source.described import read_description, stamp, write_description
 from mopeq_edge.source.digests import Digests
 from mopeq_edge.source.model import Source
+from mopeq_edge.source.remote import ModelURL
 from mopeq_edge.workdir import WorkDirectory
 
 HASHES, DESCRIPTION = "hashes.json", "source.json"
@@ -36,10 +38,16 @@ class Context:
     keep_mtp: bool = False
     """Whether blocks of the checkpoint that predict further tokens are kept."""
 
+    engine: Engine | None = None
+    """Who runs the tasks of sensitivity and emit; None: this process."""
+    content: str = ""
+    """Digest of the source's files, where it is known from elsewhere: of a model at a URL."""
+
     @cached_property
     def source_sha256(self) -> str:
         """Names the source by its content. Reads all of it the first time, so only stages that read weights ask."""
-        content = Digests(self.work.file(HASHES)).of_source(self.source, threads=self.threads, progress=self.progress)
+        digests = Digests(self.work.file(HASHES))
+        content = self.content or digests.of_source(self.source, threads=self.threads, progress=self.progress)
         # another model of the same files: what was measured or written without its further blocks must not serve it
         return digest(["with MTP", content]) if self.keep_mtp else content
 
@@ -50,7 +58,7 @@ class Context:
 
 
 def open_context(
-    model: Path,
+    model: Path | ModelURL,
     work: Path,
     *,
     pre: str | None,
@@ -58,15 +66,17 @@ def open_context(
     threads: int,
     progress: Progress,
     before_script: BeforeScript | None = None,
+    engine: Engine | None = None,
 ) -> Context:
     """Open ``model`` and say what its user should know.
 
     ``keep_mtp`` keeps blocks of a checkpoint that predict further tokens. A directory that no converter of ours knows
-    becomes a GGUF in ``work`` by llama.cpp's own script; ``before_script`` is asked first, because that takes minutes.
+    becomes a GGUF in ``work`` by llama.cpp's own script (one at a URL does not); ``before_script`` is asked first,
+    because that takes minutes.
     """
     from converters import CONVERTERS
     from converters.by_script import checkpoint_files, converted_gguf
-    from mopeq_edge.source.open import open_source
+    from mopeq_edge.source.open import open_remote, open_source
 
     directory = WorkDirectory(work)
     digests = Digests(directory.file(HASHES))
@@ -79,19 +89,27 @@ def open_context(
             before_script(checkpoint)
         return converted_gguf(path, architecture, directory, digests, pre=pre, progress=progress)
 
-    source = open_source(model, CONVERTERS, pre, to_gguf, keep_mtp=keep_mtp)
+    source: Source
+    if isinstance(model, ModelURL):
+        folder = directory.file("remote") / model.name
+        source, content = open_remote(model, folder, CONVERTERS, pre, keep_mtp=keep_mtp)
+    else:
+        source = open_source(model, CONVERTERS, pre, to_gguf, keep_mtp=keep_mtp)
+        content = ""
     for warning in source.warnings:
         progress.note(f"note: {warning}")
-    return Context(source, directory, threads, progress, checkpoint, keep_mtp)
+    return Context(source, directory, threads, progress, checkpoint, keep_mtp, engine, content)
 
 
 def open_description(
-    model: Path, work: Path, *, pre: str | None, keep_mtp: bool = False, threads: int, progress: Progress
+    model: Path | ModelURL, work: Path, *, pre: str | None, keep_mtp: bool = False, threads: int, progress: Progress
 ) -> Context:
     """:func:`open_context` for what reads no weights; remembers in ``work`` what the model is.
 
-    A directory that is converted by llama.cpp's own script is opened whole.
+    A directory that is converted by llama.cpp's own script, and a model at a URL, are opened whole.
     """
+    if isinstance(model, ModelURL):
+        return open_context(model, work, pre=pre, keep_mtp=keep_mtp, threads=threads, progress=progress)
     path = WorkDirectory(work).file(DESCRIPTION)
     made_from = stamp(model, (model, model.absolute(), pre, keep_mtp), CODE) if model.exists() else ""
     known = read_description(path, made_from) if made_from else None
