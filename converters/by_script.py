@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from converters.model_card import check_model_card
 from converters.pre_tokenizer import PLAIN_BYTE_LEVEL, why_not_plain
 from converters.script_child import UNKNOWN_PRE_TOKENIZER, Job
 from mopeq_edge.artifacts import digest
-from mopeq_edge.atomic import atomic_path
+from mopeq_edge.atomic import atomic_path, free_bytes
 from mopeq_edge.errors import ExtraMissingError, MopeqError, OutputError, SourceError
 from mopeq_edge.progress import BYTES, Progress, Step
 from mopeq_edge.runtime.locate import require_runtime
@@ -144,12 +143,6 @@ def bytes_needed(directory: Path) -> int:
         size = BYTES_PER_ELEMENT.get(checkpoint.dtype(name), 2) if len(shape) > 1 else 4
         total += size * math.prod(shape)
     return total
-
-
-def free_bytes(folder: Path) -> int:
-    """Free space where ``folder`` is or will be."""
-    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    return shutil.disk_usage(there).free
 
 
 def require_packages(directory: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,21 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 in hex of a file's bytes."""
+def file_digest(path: Path, on_bytes: Callable[[float], None] = lambda _: None) -> str:
+    """SHA-256 in hex of a file's bytes; ``on_bytes`` hears how many were read."""
     hasher = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(2**22):
             hasher.update(chunk)
+            on_bytes(len(chunk))
     return hasher.hexdigest()
 
 
-def write_json(path: Path, format_name: str, version: int, body: Mapping[str, Any]) -> None:
-    """Write ``body`` under its format and version."""
+def write_json(path: Path, format_name: str, version: int, body: Mapping[str, Any], indent: int | None = 1) -> None:
+    """Write ``body`` under its format and version; without ``indent`` on one line, which is quicker."""
     document = {"format": format_name, "version": version, **body}
     with atomic_write(path) as file:
-        file.write((json.dumps(document, sort_keys=True, indent=1) + "\n").encode())
+        file.write((json.dumps(document, sort_keys=True, indent=indent) + "\n").encode())
 
 
 def read_json(path: Path, format_name: str, version: int) -> dict[str, Any]:

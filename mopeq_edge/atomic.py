@@ -180,3 +180,9 @@ def check_output(path: Path, inputs: Iterable[Path], *, force: bool) -> None:
             raise OutputError(f"{path}: is the input {source} (the same file); choose another name for the output")
     if path.exists() and not force:
         raise OutputError(f"{path}: exists already; choose another name or give --force to replace it")
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space where ``folder`` is or will be."""
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    return shutil.disk_usage(there).free

@@ -89,13 +89,7 @@ def whole_files(
 
     They get their names when all were read back and are as planned.
     """
-    blind = without_imatrix(source, types, imatrix)
-    if blind:
-        needy = next(kind for kind in kinds_of(types[blind[0]]) if kind.name in NEEDS_IMATRIX)
-        raise PlanError(
-            f"tensor '{blind[0]}': type {needy.name} needs an imatrix entry and the imatrix has none; "
-            "plan again with this imatrix, or emit with the one that the plan was made with"
-        )
+    require_imatrix(source, types, imatrix)
     places = planned_files(source, types, kvs, split_bytes)
     paths = [path] if split_bytes is None else part_paths(path, len(places))
     with _all_or_none(paths) as temporaries:
@@ -106,6 +100,17 @@ def whole_files(
         if len(paths) > 1:
             # a run that is killed between two renames must not leave a set of old and new files that loads
             paths[0].unlink(missing_ok=True)
+
+
+def require_imatrix(source: Source, types: Types, imatrix: Imatrix | None) -> None:
+    """Raise :class:`PlanError` for a type that needs an entry of ``imatrix`` and has none."""
+    blind = without_imatrix(source, types, imatrix)
+    if blind:
+        needy = next(kind for kind in kinds_of(types[blind[0]]) if kind.name in NEEDS_IMATRIX)
+        raise PlanError(
+            f"tensor '{blind[0]}': type {needy.name} needs an imatrix entry and the imatrix has none; "
+            "plan again with this imatrix, or emit with the one that the plan was made with"
+        )
 
 
 def planned_files(

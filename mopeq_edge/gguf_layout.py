@@ -20,10 +20,9 @@ from mopeq_edge.gguf_file import (
     KV,
     MAGIC,
     MAX_NAME,
-    SCALAR_FORMATS,
-    StoredArray,
     TensorInfo,
     ValueType,
+    encode_string,
     pad,
 )
 
@@ -100,26 +99,11 @@ def padded_nbytes(shape: Iterable[int], kind: GgmlType, alignment: int = DEFAULT
     return pad(kind.nbytes(math.prod(shape)), alignment)
 
 
-def _encode_string(text: str) -> bytes:
-    raw = text.encode("utf-8", "surrogateescape")
-    return struct.pack("<Q", len(raw)) + raw
-
-
 def encode_kv(key: str, kv: KV) -> bytes:
     """A key-value as the header holds it."""
-    kind = _encode_string(key) + struct.pack("<I", kv.type)
-    if kv.type is ValueType.STRING:
-        return kind + _encode_string(kv.value)
-    if kv.type is not ValueType.ARRAY:
-        return kind + struct.pack("<" + SCALAR_FORMATS[kv.type], kv.value)
-    if kv.sub_type is None or kv.sub_type is ValueType.ARRAY:
+    if kv.type is ValueType.ARRAY and kv.sub_type in (None, ValueType.ARRAY):
         raise FormatError(f"key '{key}': an array needs a scalar or string element type")
-    if isinstance(kv, StoredArray):
-        return kind + struct.pack("<IQ", kv.sub_type, kv.length) + kv.raw
-    head = kind + struct.pack("<IQ", kv.sub_type, len(kv.value))
-    if kv.sub_type is ValueType.STRING:
-        return head + b"".join(_encode_string(item) for item in kv.value)
-    return head + struct.pack(f"<{len(kv.value)}{SCALAR_FORMATS[kv.sub_type]}", *kv.value)
+    return encode_string(key) + kv.encoded
 
 
 def encode_tensor(info: TensorInfo) -> bytes:
@@ -127,7 +111,7 @@ def encode_tensor(info: TensorInfo) -> bytes:
     if len(info.name.encode()) > MAX_NAME:
         raise FormatError(f"tensor name '{info.name}' is longer than {MAX_NAME} bytes, which llama.cpp refuses")
     return (
-        _encode_string(info.name)
+        encode_string(info.name)
         + struct.pack(f"<I{len(info.shape)}Q", len(info.shape), *info.shape)
         + struct.pack("<IQ", info.type.id, info.offset)
     )

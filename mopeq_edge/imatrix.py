@@ -8,8 +8,9 @@ its sums are sum_t |g_t|^2 x_tj^2 divided by a constant, kept in ``mopeq.imatrix
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ Floats = npt.NDArray[np.float32]
 
 ACTIVATION = "activation"
 GRADIENT = "gradient"
+NO_IMATRIX = "none"
+"""Kinds of imatrix that weigh the quantizer."""
 
 EMBEDDING = "token_embd.weight"
 LOOKUP = "token_embd.lookup"
@@ -145,16 +148,7 @@ def read_imatrix(path: Path) -> Imatrix:
     Raises :class:`FormatError` for another kind of file, missing metadata, or values that are negative or
     not finite.
     """
-    header = read_header(path)
-    if header.get("general.type") != "imatrix":
-        raise FormatError(f"{path}: not an imatrix (general.type is {header.get('general.type')!r}); see llama-imatrix")
-    missing = [k for k in ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size") if k not in header.kvs]
-    if missing:
-        raise FormatError(f"{path}: imatrix lacks {', '.join(missing)}; make it again with llama-imatrix or calibrate")
-    said = {**_UNSAID, **{key: kv.value for key, kv in header.kvs.items() if key in _CHECKS}}
-    for key, (check, expected) in _CHECKS.items():
-        if not check(said[key]):
-            raise FormatError(f"{path}: {key} is {shown(said[key])}, expected {expected}; make it again")
+    header, said = _read_metadata(path)
     raw = _read_arrays(header)
     entries: dict[str, Entry] = {}
     for name in sorted({key.removesuffix(_SUMS).removesuffix(_COUNTS) for key in raw}):
@@ -175,15 +169,69 @@ def read_imatrix(path: Path) -> Imatrix:
                     f"{path}: imatrix entry '{name}' has a mean (sums over counts) beyond F32, expected the squares of "
                     "activations; make it again"
                 )
+    return _imatrix(filled, said, unrouted or tuple(said[_UNROUTED_KEY]))
+
+
+def _imatrix(entries: Mapping[str, Entry], said: Mapping[str, Any], unrouted: tuple[str, ...]) -> Imatrix:
     return Imatrix(
-        entries=filled,
+        entries=entries,
         datasets=tuple(said["imatrix.datasets"]),
         chunk_count=said["imatrix.chunk_count"],
         chunk_size=said["imatrix.chunk_size"],
         kind=said[_KIND_KEY],
         scale=float(said[_SCALE_KEY]),
-        unrouted=unrouted or tuple(said[_UNROUTED_KEY]),
+        unrouted=unrouted,
     )
+
+
+def open_imatrix(path: Path) -> Imatrix:
+    """:func:`read_imatrix` for those who may not need the entries: they are read, and checked, when one is asked for.
+
+    Which experts no token reached is told without them only by a file that we wrote; of any other all is read.
+    """
+    header, said = _read_metadata(path)
+    if _UNROUTED_KEY not in header.kvs:
+        return read_imatrix(path)
+    names = sorted({info.name.removesuffix(_SUMS) for info in header.tensors if info.name.endswith(_SUMS)})
+    return _imatrix(_Unread(path, tuple(names)), said, tuple(said[_UNROUTED_KEY]))
+
+
+class _Unread(Mapping[str, Entry]):
+    """Entries of a file whose names are known."""
+
+    def __init__(self, path: Path, names: tuple[str, ...]) -> None:
+        self._path, self._names = path, names
+
+    @cached_property
+    def _entries(self) -> Mapping[str, Entry]:
+        return read_imatrix(self._path).entries
+
+    def __getitem__(self, name: str) -> Entry:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+
+def _read_metadata(path: Path) -> tuple[GGUFHeader, dict[str, Any]]:
+    """The header, and what it says or is so unsaid."""
+    header = read_header(path)
+    if header.get("general.type") != "imatrix":
+        raise FormatError(f"{path}: not an imatrix (general.type is {header.get('general.type')!r}); see llama-imatrix")
+    missing = [k for k in ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size") if k not in header.kvs]
+    if missing:
+        raise FormatError(f"{path}: imatrix lacks {', '.join(missing)}; make it again with llama-imatrix or calibrate")
+    said = {**_UNSAID, **{key: kv.value for key, kv in header.kvs.items() if key in _CHECKS}}
+    for key, (check, expected) in _CHECKS.items():
+        if not check(said[key]):
+            raise FormatError(f"{path}: {key} is {shown(said[key])}, expected {expected}; make it again")
+    return header, said
 
 
 _CHECKS: Mapping[str, tuple[Check, str]] = {

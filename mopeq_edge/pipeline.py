@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mopeq_edge.artifacts import digest
+from mopeq_edge.dry_run import DryRun, dry_run
 from mopeq_edge.emit import emit, planned_files
 from mopeq_edge.emit_parts import emit_on
 from mopeq_edge.engine.local import LocalEngine
@@ -15,11 +16,13 @@ from mopeq_edge.expert_groups.layout import Types, file_specs
 from mopeq_edge.ggml.library import Quantizer, load_ggml
 from mopeq_edge.ggml.types import GgmlType
 from mopeq_edge.gguf_file import KV
-from mopeq_edge.imatrix import ACTIVATION, GRADIENT, Imatrix, read_imatrix
+from mopeq_edge.gguf_layout import Layout
+from mopeq_edge.imatrix import ACTIVATION, GRADIENT, NO_IMATRIX, Imatrix, read_imatrix
 from mopeq_edge.output_kvs import IMATRIX_NAME, Provenance, file_type_of, output_kvs
 from mopeq_edge.pipeline_calibrate import ACTIVATION_FILE, GRADIENT_FILE, Calibrated, CalibrationRequest
 from mopeq_edge.pipeline_context import Context as Context
 from mopeq_edge.pipeline_context import open_context as open_context
+from mopeq_edge.pipeline_context import open_description as open_description
 from mopeq_edge.pipeline_context import open_header as open_header
 from mopeq_edge.plan.artifact import PER_EXPERT, STOCK, Plan, write_plan
 from mopeq_edge.plan.budget import Budget
@@ -35,8 +38,6 @@ from mopeq_edge.source.model import Source
 from mopeq_edge.source.padded import PaddedSource, expert_padding
 from mopeq_edge.split import part_paths
 from mopeq_edge.workdir import WorkDirectory
-
-NO_IMATRIX = "none"
 
 
 def run_sensitivity(
@@ -93,12 +94,17 @@ def run_plan(
 
 
 def plan_only(
-    context: Context, table: SensitivityTable, statistics: Statistics, budget: Budget | None, options: PlanOptions
+    context: Context,
+    table: SensitivityTable,
+    statistics: Statistics,
+    budget: Budget | None,
+    options: PlanOptions,
+    stock: Plan | None = None,
 ) -> Plan:
-    """The plan, without leaving it in the work directory."""
+    """The plan, without leaving it in the work directory; ``stock``: see :func:`make_plan`."""
     require_scores([options.sensitivity], statistics)
-    kvs = _kvs(context, statistics, table.quantized_with, file_type=0, plan_sha256=None)
-    return make_plan(context.source, table, kvs, budget, options)
+    kvs = _kvs(context, statistics, table.quantized_with, 0, Provenance())
+    return make_plan(context.source, table, kvs, budget, options, stock)
 
 
 def run_forecast(
@@ -117,7 +123,7 @@ def run_forecast(
         return None
     other = replace(options, layout=STOCK if plan.layout == PER_EXPERT else PER_EXPERT)
     try:
-        compared = plan_only(context, table, statistics, budget, other)
+        compared = plan_only(context, table, statistics, budget, other, plan if plan.layout == STOCK else None)
     except PlanError:
         # of several files the other layout's may be one more, and its header over a budget at the minimum
         if options.split_bytes is None:
@@ -140,10 +146,44 @@ def run_emit(
     ``quantizer`` is libggml unless another is given. With ``split_bytes`` it is in the files of
     :func:`output_files`. Raises :class:`PlanError` if these are larger than the plan's budget.
     """
+    source, kvs, imatrix, _ = prepared(
+        context, plan, statistics, output, quantize_with, split_bytes, context.source_sha256
+    )
+    return _emit(context, source, plan.type_of(), kvs, imatrix, output, quantizer, split_bytes)
+
+
+def run_dry(
+    context: Context,
+    plan: Plan,
+    statistics: Statistics,
+    output: Path,
+    quantize_with: str | None,
+    split_bytes: int | None,
+) -> DryRun:
+    """What :func:`run_emit` would do, checked as far as that takes no weights. Leaves nothing."""
+    source, _, imatrix, places = prepared(context, plan, statistics, output, quantize_with, split_bytes, None)
+    paths = [output] if split_bytes is None else part_paths(output, len(places))
+    return dry_run(source, plan.type_of(), imatrix, places, paths, load_ggml(), context.threads)
+
+
+def prepared(
+    context: Context,
+    plan: Plan,
+    statistics: Statistics,
+    output: Path,
+    quantize_with: str | None,
+    split_bytes: int | None,
+    source_sha256: str | None,
+) -> tuple[Source, Mapping[str, KV], Imatrix | None, tuple[Layout, ...]]:
+    """(source, key-values, imatrix, files) of what :func:`run_emit` writes, and what it raises for a plan too large.
+
+    ``source_sha256`` None leaves its place empty, in the same bytes: to know it all weights are read.
+    """
     kind = quantize_with or plan.quantized_with
     types, source = plan.type_of(), planned_source(context.source, plan)
-    kvs = _final_kvs(context, source, plan, statistics, kind)
-    total = sum(place.file_size for place in planned_files(source, types, kvs, split_bytes))
+    kvs = _final_kvs(context, source, plan, statistics, kind, source_sha256)
+    places = planned_files(source, types, kvs, split_bytes)
+    total = sum(place.file_size for place in places)
     if split_bytes is not None and plan.budget_bytes is not None and total > plan.budget_bytes:
         raise PlanError(
             f"{output}: in several files it has {total} bytes, {plan.budget_bytes} were allowed when it was planned; "
@@ -152,7 +192,7 @@ def run_emit(
     imatrix = statistics.imatrix(kind)
     if plan.expert_padding is not None:
         imatrix = plan.expert_padding.imatrix(imatrix, {t.name: t for t in context.source.tensors})
-    return _emit(context, source, types, kvs, imatrix, output, quantizer, split_bytes)
+    return source, kvs, imatrix, places
 
 
 def output_files(
@@ -162,7 +202,7 @@ def output_files(
     if split_bytes is None:
         return (output,)
     source = planned_source(context.source, plan)
-    kvs = _final_kvs(context, source, plan, statistics, plan.quantized_with)
+    kvs = _final_kvs(context, source, plan, statistics, plan.quantized_with, None)
     return tuple(part_paths(output, len(planned_files(source, plan.type_of(), kvs, split_bytes))))
 
 
@@ -179,9 +219,12 @@ def planned_source(source: Source, plan: Plan) -> Source:
     return PaddedSource(source, padding)
 
 
-def _final_kvs(context: Context, source: Source, plan: Plan, statistics: Statistics, kind: str) -> Mapping[str, KV]:
+def _final_kvs(
+    context: Context, source: Source, plan: Plan, statistics: Statistics, kind: str, source_sha256: str | None
+) -> Mapping[str, KV]:
     specs = file_specs(source.tensors, plan.type_of())
-    return plan.kvs(_kvs(context, statistics, kind, file_type_of(specs), plan.sha256))
+    provenance = Provenance(plan=plan.sha256) if source_sha256 is None else Provenance(source_sha256, plan.sha256)
+    return plan.kvs(_kvs(context, statistics, kind, file_type_of(specs), provenance))
 
 
 def source_gguf(context: Context) -> Path:
@@ -218,15 +261,13 @@ def imatrix_file(kind: str) -> str:
     return {ACTIVATION: ACTIVATION_FILE, GRADIENT: GRADIENT_FILE}[kind]
 
 
-def _kvs(context: Context, statistics: Statistics, kind: str, file_type: int, plan_sha256: str | None) -> dict[str, KV]:
-    imatrix = statistics.imatrix(kind)
-    provenance = Provenance(context.source_sha256, plan_sha256) if plan_sha256 else Provenance()
-    return output_kvs(context.source.kvs, file_type, imatrix, IMATRIX_NAME, provenance)
+def _kvs(context: Context, statistics: Statistics, kind: str, file_type: int, provenance: Provenance) -> dict[str, KV]:
+    return output_kvs(context.source.kvs, file_type, statistics.imatrix(kind), IMATRIX_NAME, provenance)
 
 
 def load_sensitivity(work: WorkDirectory) -> SensitivityTable:
-    """The finished sensitivity stage. Raises :class:`PlanError` if there is none."""
-    for kind in (GRADIENT, ACTIVATION):
+    """The finished sensitivity stage that knows most. Raises :class:`PlanError` if there is none."""
+    for kind in (GRADIENT, ACTIVATION, NO_IMATRIX):
         if work.files(f"sensitivity-{kind}"):
             return read_table(work.file(f"sensitivity-{kind}.safetensors"))
     raise PlanError(f"{work.path}: has no finished sensitivity; run mopeq-edge sensitivity first")

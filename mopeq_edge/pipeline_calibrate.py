@@ -17,7 +17,7 @@ from mopeq_edge.calibrate.modalities import (
 from mopeq_edge.calibrate.statistics import read_routing, routing_from_imatrix, write_routing
 from mopeq_edge.calibrate.traces import Traces, read_traces, write_traces
 from mopeq_edge.errors import CalibrationError, FormatError
-from mopeq_edge.imatrix import Imatrix, read_imatrix, split_stacks, write_imatrix
+from mopeq_edge.imatrix import NO_IMATRIX, Imatrix, open_imatrix, read_imatrix, split_stacks, write_imatrix
 from mopeq_edge.pipeline_context import Context as Context
 from mopeq_edge.pipeline_context import open_context as open_context
 from mopeq_edge.pipeline_pictures import Eyes, PicturesRequest, open_eyes, see_pictures
@@ -179,18 +179,20 @@ def load_routing_by_kind(work: WorkDirectory) -> RoutingByKind | None:
         raise FormatError(f"{path}: not routing as calibrate writes it ({error!r}); calibrate again") from None
 
 
-def load_statistics(context: Context) -> Statistics:
+def load_statistics(context: Context, *, entries: bool = True) -> Statistics:
     """Statistics of the finished calibrate stage, with the source's traces if they were measured.
 
+    Without ``entries`` those of an imatrix are left unread until one is asked for: a gigabyte in a large model.
     Raises :class:`CalibrationError` if there is no finished stage.
     """
     work = context.work
     names = work.files("calibrate")
     if ACTIVATION_FILE not in names:
         raise CalibrationError(f"{work.path}: has no finished calibration; run mopeq-edge calibrate first")
+    read = read_imatrix if entries else open_imatrix
     statistics = Statistics(
-        activation=read_imatrix(work.file(ACTIVATION_FILE)),
-        gradient=read_imatrix(work.file(GRADIENT_FILE)) if GRADIENT_FILE in names else None,
+        activation=read(work.file(ACTIVATION_FILE)),
+        gradient=read(work.file(GRADIENT_FILE)) if GRADIENT_FILE in names else None,
         routing=read_routing(work.file(ROUTING_FILE)),
         # they are of text alone
         traces=load_traces(context) if BY_KIND_FILE not in names else None,
@@ -253,6 +255,13 @@ def _run_trace(context: Context, request: CalibrationRequest, trace: TraceReques
     context.work.forget("trace")
     write_traces(traces, context.work.file(TRACE_FILE))
     context.work.record("trace", made_from, [TRACE_FILE])
+
+
+def load_calibrated(context: Context, kind: str, *, entries: bool = True) -> Calibrated | None:
+    """The finished calibrate stage for work with the imatrix ``kind``; None if that is none."""
+    if kind == NO_IMATRIX:
+        return None
+    return Calibrated(load_statistics(context, entries=entries), context.work.made_from("calibrate") or "")
 
 
 def load_traces(context: Context) -> Traces | None:

@@ -218,7 +218,7 @@ plan_options = _stack(
 )
 
 
-def _sample_rows(context: click.Context, option: click.Parameter, value: str) -> SampleRows:
+def _rows(context: click.Context, option: click.Parameter, value: str) -> SampleRows:
     """``auto``, ``all`` (None) or a number of rows, two or more."""
     if value == "auto":
         return "auto"
@@ -229,22 +229,33 @@ def _sample_rows(context: click.Context, option: click.Parameter, value: str) ->
     return int(value)
 
 
+_sample_rows = click.option(
+    "--sample-rows",
+    callback=_rows,
+    metavar="[auto|all|N]",
+    default="auto",
+    show_default=True,
+    help="Rows measured of each expert, 8 times that of other matrices. auto: 16, and up to 128 until the standard "
+    "error of its damage is at most 5 %; all rows of small tensors.",
+)
+
+
+def _quantize_with(choices: tuple[str, ...], what: str) -> Callable[[F], F]:
+    return click.option("--quantize-with", type=click.Choice(choices), default="auto", show_default=True, help=what)
+
+
 measure_options = _stack(
-    click.option(
-        "--sample-rows",
-        callback=_sample_rows,
-        metavar="[auto|all|N]",
-        default="auto",
-        show_default=True,
-        help="Rows measured of each expert, 8 times that of other matrices. auto: 16, and up to 128 until the standard "
-        "error of its damage is at most 5 %; all rows of small tensors.",
+    _sample_rows,
+    _quantize_with(
+        ("auto", "activation", "gradient"),
+        "Imatrix that weighs the quantizer; convert measures which is better.",
     ),
-    click.option(
-        "--quantize-with",
-        type=click.Choice(["auto", "activation", "gradient"]),
-        default="auto",
-        show_default=True,
-        help="Imatrix that weighs the quantizer; convert measures which is better.",
+)
+sensitivity_options = _stack(
+    _sample_rows,
+    _quantize_with(
+        ("auto", "activation", "gradient", "none"),
+        "Imatrix that weighs the quantizer; none needs no calibration, for --sensitivity weight-mse or mopeq.",
     ),
 )
 

@@ -13,10 +13,10 @@ from mopeq_edge.cli.console import FILE, MODEL, json_option, threads_option
 
 if TYPE_CHECKING:
     from mopeq_edge.device_files import DeviceFile
+    from mopeq_edge.dry_run import DryRun
     from mopeq_edge.engine.interface import Engine
     from mopeq_edge.memory.tower import TowerMemory
     from mopeq_edge.pipeline import Context
-    from mopeq_edge.pipeline_calibrate import Calibrated
     from mopeq_edge.pipeline_context import BeforeScript
     from mopeq_edge.pipeline_fits import Fit
     from mopeq_edge.plan.artifact import Plan
@@ -46,10 +46,14 @@ def _context(
     )
 
 
-def _finished_calibration(context: Context) -> Calibrated:
-    from mopeq_edge.pipeline_calibrate import Calibrated, load_statistics
+def _described(model: Path | ModelURL, given: dict[str, Any], progress: Any) -> Context:
+    """The context of a command that reads no weights."""
+    from mopeq_edge.pipeline import open_description
 
-    return Calibrated(load_statistics(context), context.work.made_from("calibrate") or "")
+    work, keep_mtp = options.work_directory(given["work_dir"], model), given.get("keep_mtp", False)
+    return open_description(
+        model, work, pre=given.get("pre"), keep_mtp=keep_mtp, threads=given["threads"], progress=progress
+    )
 
 
 @click.command()
@@ -106,7 +110,7 @@ def calibrate(model: Path | ModelURL, **given: Any) -> None:
 @click.command()
 @click.argument("model", type=MODEL)
 @click.option("--types", default="default", show_default=True, help="Candidate types: default, k, all, or a list.")
-@options.measure_options
+@options.sensitivity_options
 @options.engine_options
 @options.work_option
 @options.source_options
@@ -115,6 +119,9 @@ def calibrate(model: Path | ModelURL, **given: Any) -> None:
 def sensitivity(model: Path | ModelURL, **given: Any) -> None:
     """Quantize every expert of MODEL to every candidate type and price the error by every score.
 
+    With --quantize-with none that is by the weights alone: no calibration is needed, and plan knows weight-mse and
+    mopeq.
+
     \b
     Example:
       mopeq-edge sensitivity OLMoE-1B-7B --work-dir olmoe.mopeq --sample-rows 64
@@ -122,6 +129,7 @@ def sensitivity(model: Path | ModelURL, **given: Any) -> None:
     from mopeq_edge.alone import alone
     from mopeq_edge.cli.console import console_progress, print_json, print_table, rows_table
     from mopeq_edge.pipeline import run_sensitivity
+    from mopeq_edge.pipeline_calibrate import load_calibrated
     from mopeq_edge.plan.candidates import parse_types
     from mopeq_edge.sensitivity.scores import UNITS
 
@@ -131,9 +139,9 @@ def sensitivity(model: Path | ModelURL, **given: Any) -> None:
         options.engine(given, progress) as engine,
     ):
         context = _context(model, given, progress, engine=engine)
-        calibrated = _finished_calibration(context)
         kind = given["quantize_with"]
-        if kind == "auto":
+        calibrated = load_calibrated(context, kind)
+        if kind == "auto" and calibrated is not None:
             kind = calibrated.statistics.richest
         table = run_sensitivity(context, calibrated, parse_types(given["types"]), kind, given["sample_rows"])
     errors = {score: table.relative_error(score) for score in table.scores}
@@ -141,7 +149,11 @@ def sensitivity(model: Path | ModelURL, **given: Any) -> None:
     if given["as_json"]:
         print_json({"file": str(file), "quantized_with": kind, "relative_sampling_error": errors})
         return
-    rows = [("file", str(file)), ("quantized with", f"{kind} imatrix"), ("tensors", str(len(table.errors)))]
+    rows = [
+        ("file", str(file)),
+        ("quantized with", "no imatrix" if calibrated is None else f"{kind} imatrix"),
+        ("tensors", str(len(table.errors))),
+    ]
     rows += [(score, f"{UNITS[score]}; sampling error at most {100 * e:.2f} %") for score, e in errors.items()]
     print_table(rows_table(f"sensitivity of {model}", rows))
 
@@ -175,18 +187,23 @@ def plan(model: Path | ModelURL, **given: Any) -> None:
     from mopeq_edge.atomic import atomic_write
     from mopeq_edge.cli.console import console_progress, print_json, print_table
     from mopeq_edge.pipeline import load_sensitivity, run_forecast, run_plan
+    from mopeq_edge.pipeline_calibrate import load_calibrated
     from mopeq_edge.pipeline_fits import run_plan_that_fits
     from mopeq_edge.plan.artifact import tensor_type_lines, write_plan
     from mopeq_edge.plan.options import for_llama_quantize
+    from mopeq_edge.sensitivity.pricing import Statistics
     from mopeq_edge.sensitivity.scores import BEST
 
     budget, fits, request = options.budget(given), options.fits_request(given), options.plan_request(given)
     if given["tensor_type_file"] is not None:
         request = for_llama_quantize(request)
     with console_progress() as progress, alone(options.work_directory(given["work_dir"], model)):
-        context = _context(model, given, progress)
-        calibrated = _finished_calibration(context)
+        context = _described(model, given, progress)
         table = load_sensitivity(context.work)
+        calibrated = load_calibrated(context, table.quantized_with, entries=False)
+        statistics = Statistics() if calibrated is None else calibrated.statistics
+        if calibrated is None:
+            progress.note("note: planned by the weights alone; what calibrate measures makes better plans")
         if request.sensitivity == "auto":
             request = replace(request, sensitivity=next(s for s in BEST if s in table.scores))
         tower, beside = _beside(context, given)
@@ -196,10 +213,10 @@ def plan(model: Path | ModelURL, **given: Any) -> None:
             budget = replace(budget, beside=(*(tower.files if tower is not None else ()), *beside))
         fit: Fit | None = None
         if fits is None:
-            made = run_plan(context, table, calibrated.statistics, budget, request)
+            made = run_plan(context, table, statistics, budget, request)
         else:
-            made, fit, budget = run_plan_that_fits(context, table, calibrated.statistics, fits, request)
-        comparison = run_forecast(context, table, calibrated.statistics, budget, request, made)
+            made, fit, budget = run_plan_that_fits(context, table, statistics, fits, request)
+        comparison = run_forecast(context, table, statistics, budget, request, made)
     if given["output"] is not None:
         write_plan(made, given["output"])
     if given["tensor_type_file"] is not None:
@@ -282,6 +299,7 @@ def planner_row(made: Plan) -> tuple[str, str]:
     "--quantize-with", type=click.Choice(["activation", "gradient"]), help="Imatrix (default: the plan's own)."
 )
 @options.split_option
+@click.option("--dry-run", is_flag=True, help="Check everything and tell sizes and time; reads and writes no weights.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @options.engine_options
 @options.work_option
@@ -297,28 +315,65 @@ def emit(model: Path | ModelURL, out: Path, **given: Any) -> None:
     """
     from mopeq_edge.alone import alone
     from mopeq_edge.atomic import check_output
-    from mopeq_edge.cli.console import console_progress, print_json
-    from mopeq_edge.pipeline import check_plan, output_files, run_emit
+    from mopeq_edge.cli.console import console_progress, print_json, print_table
+    from mopeq_edge.pipeline import check_plan, output_files, run_dry, run_emit
+    from mopeq_edge.pipeline_calibrate import load_calibrated
     from mopeq_edge.plan.artifact import read_plan
+    from mopeq_edge.sensitivity.pricing import Statistics
     from mopeq_edge.split import check_parts
 
+    is_dry, chosen = given["dry_run"], given["quantize_with"]
     with (
         console_progress() as progress,
         alone(options.work_directory(given["work_dir"], model), out),
         options.engine(given, progress) as engine,
     ):
-        context = _context(model, given, progress, engine=engine)
+        context = _described(model, given, progress) if is_dry else _context(model, given, progress, engine=engine)
         split = options.split_bytes(given)
         (check_output if split is None else check_parts)(out, context.inputs, force=given["force"])
         made = read_plan(given["plan_file"] or context.work.file("plan.json"))
         check_plan(made, context.source)
-        statistics = _finished_calibration(context).statistics
-        written = run_emit(context, made, statistics, out, given["quantize_with"], split_bytes=split)
-        files = output_files(context, made, statistics, out, split)
+        calibrated = load_calibrated(context, chosen or made.quantized_with, entries=not is_dry)
+        statistics = Statistics() if calibrated is None else calibrated.statistics
+        if is_dry:
+            found = run_dry(context, made, statistics, out, chosen, split)
+        else:
+            written = run_emit(context, made, statistics, out, chosen, split_bytes=split)
+            files = output_files(context, made, statistics, out, split)
+    if is_dry:
+        if given["as_json"]:
+            print_json({**found.as_dict(), "predicted_file_bytes": made.file_bytes})
+        else:
+            print_table(_dry_table(found, made))
+        return
     if given["as_json"]:
         sizes = {"file_bytes": written, "predicted_file_bytes": made.file_bytes}
         print_json({**sizes, "output": str(files[0]), "output_files": len(files)})
     else:
-        planned = "as planned" if written == made.file_bytes else f"{made.file_bytes:,} planned"
         many = f" in {len(files)} files" if len(files) > 1 else ""
-        click.echo(f"{files[0]}: {written:,} bytes{many}, {planned}")
+        click.echo(f"{files[0]}: {written:,} bytes{many}, {_as_planned(written, made)}")
+
+
+def _as_planned(written: int, made: Plan) -> str:
+    return "as planned" if written == made.file_bytes else f"{made.file_bytes:,} planned"
+
+
+FILES_SHOWN = 8
+"""Files of a split output that a dry run lists."""
+
+
+def _dry_table(found: DryRun, made: Plan) -> Any:
+    from mopeq_edge.cli.console import rows_table
+    from mopeq_edge.units import format_bytes
+
+    rows = [(path.name, f"{size:,} bytes") for path, size in found.files[:FILES_SHOWN]]
+    if len(found.files) > FILES_SHOWN:
+        rows.append(("further files", str(len(found.files) - FILES_SHOWN)))
+    rows += [
+        ("together", f"{found.file_bytes:,} bytes, {_as_planned(found.file_bytes, made)}"),
+        ("free there", format_bytes(found.free)),
+        ("tensors", f"{found.n_tensors:,}"),
+        ("to quantize", ", ".join(f"{n:,} weights to {name}" for name, n in found.weights.items()) or "nothing"),
+        ("quantizing", f"about {found.seconds:,.0f} s on {found.threads} threads, if reading and writing keep up"),
+    ]
+    return rows_table("dry run, nothing written", rows)

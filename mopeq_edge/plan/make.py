@@ -45,24 +45,31 @@ class _Choices:
 
 
 def make_plan(
-    source: Source, table: SensitivityTable, kvs: Mapping[str, KV], budget: Budget | None, options: PlanOptions
+    source: Source,
+    table: SensitivityTable,
+    kvs: Mapping[str, KV],
+    budget: Budget | None,
+    options: PlanOptions,
+    stock: Plan | None = None,
 ) -> Plan:
     """Plan the file that ``kvs`` and ``source`` make. The predicted size is the written size, to the byte.
 
     The smallest and the largest file are the same in both layouts, and so are the bytes that a budget in bits per
     weight means. Where experts may be padded, both ways are planned and the one of less damage is taken, without a
-    budget the smaller one. Raises :class:`PlanError` for a budget below the exact minimum, which the message states,
-    and without a budget unless the paper's map is asked for.
+    budget the smaller one. ``stock`` is the plan of the stock layout for the same budget and options, if it is known:
+    one of the per-expert layout begins with it. Raises :class:`PlanError` for a budget below the exact minimum, which
+    the message states, and without a budget unless the paper's map is asked for.
     """
     plans: list[Plan] = []
     refused: list[PlanError] = []
     for own, own_kvs in padding_choices(source, kvs, options.pad_experts):
         try:
-            plan = _plan_of(own, table, own_kvs, budget, options)
+            padding = own.padding if isinstance(own, PaddedSource) else None
+            known = stock if stock is not None and stock.expert_padding == padding else None
+            plan = _plan_of(own, table, own_kvs, budget, options, known)
         except PlanError as error:
             refused.append(error)
         else:
-            padding = own.padding if isinstance(own, PaddedSource) else None
             plans.append(replace(plan, expert_padding=padding))
     if not plans:
         raise min(refused, key=lambda error: error.smallest if isinstance(error, NoRoomError) else -1)
@@ -73,7 +80,12 @@ def make_plan(
 
 
 def _plan_of(
-    source: Source, table: SensitivityTable, kvs: Mapping[str, KV], budget: Budget | None, options: PlanOptions
+    source: Source,
+    table: SensitivityTable,
+    kvs: Mapping[str, KV],
+    budget: Budget | None,
+    options: PlanOptions,
+    known: Plan | None,
 ) -> Plan:
     """:func:`make_plan` of ``source`` as it is."""
     if options.precision_map is not None:
@@ -87,7 +99,9 @@ def _plan_of(
 
     def planned(part: Budget | None) -> Plan:
         assert part is not None
-        stock = _stock_plan(source, table, kvs, part, options, allowed)
+        # of several files the budget is cut in turns
+        first = known if options.split_bytes is None else None
+        stock = _stock_plan(source, table, kvs, part, options, allowed) if first is None else first
         return stock if options.layout == STOCK else per_expert_plan(source, kvs, allowed, stock)
 
     if options.split_bytes is None:

@@ -15,6 +15,7 @@ from mopeq_edge.errors import NoRoomError, PlanError
 from mopeq_edge.expert_groups.layout import Grouping, file_layout, groups_of
 from mopeq_edge.ggml.types import BY_NAME, NEEDS_IMATRIX, GgmlType
 from mopeq_edge.gguf_file import KV
+from mopeq_edge.imatrix import NO_IMATRIX
 from mopeq_edge.plan.artifact import MOPEQ, PER_EXPERT, Plan, PrecisionMap
 from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.candidates import candidates
@@ -28,8 +29,6 @@ from mopeq_edge.plan.split import require_all_types
 from mopeq_edge.sensitivity.table import SensitivityTable
 from mopeq_edge.source.model import Source, SourceTensor
 from mopeq_edge.units import format_bytes
-
-NO_IMATRIX = "none"
 
 Types = dict[str, GgmlType | Grouping]
 

@@ -20,8 +20,11 @@ Doubles = npt.NDArray[np.float64]
 NEVER = 2**60
 """Cost of an option that a row lacks; its damage is infinite."""
 
-CORE = 100
-"""Rows that are solved exactly, at most."""
+CORE, SMALL_CORE, MANY = 100, 30, 4096
+"""Rows that are solved exactly, at most; fewer where there are more than :data:`MANY`, of which each matters less."""
+
+MOST_STATES = 10**5
+"""Of the exact solution that are kept; hundreds are usual."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Path:
         cheapest = costs == costs.min(axis=1, keepdims=True)
         self.start: Ints = np.where(cheapest, damages, np.inf).argmin(axis=1)
         self.least_cost = int(_at(costs, self.start).sum())
+        self.start_damage = float(_at(damages, self.start).sum())
         self.row, self.to, self.extra, self.saved, self.rate = _steps(costs, damages, self.start)
         self.spent: Ints = np.concatenate([[0], np.cumsum(self.extra)])
 
@@ -50,8 +54,12 @@ class Path:
         cut = self._cut(budget)
         return float(self.rate[cut]) if cut < len(self.rate) else 0.0
 
-    def solve(self, budget: int) -> Chosen | None:
-        """The best choice found within ``budget``; None where even the cheapest is too much."""
+    def solve(self, budget: int, *, exactly: bool = False) -> Chosen | None:
+        """The best choice found within ``budget``; None where even the cheapest is too much.
+
+        ``exactly`` makes all rows the core, largest steps first, so that the many small ones at the end leave few
+        states: the choice is then proven best, unless there came to be more than :data:`MOST_STATES`.
+        """
         if budget < self.least_cost:
             return None
         cut = self._cut(budget)
@@ -61,14 +69,14 @@ class Path:
         if cut == len(self.row):
             return Chosen(choice, cost, damage, damage)
         bound = max(0.0, damage - float(self.rate[cut]) * (budget - cost))
-        core = self._core(float(self.rate[cut]))
+        core = self._by_size() if exactly else self._core(float(self.rate[cut]))
         room = budget - cost + int(_at(self.costs[core], choice[core]).sum())
         found = choice.copy()
-        found[core] = self._solve_core(core, room, choice[core])
+        found[core], is_best = self._solve_core(core, room, choice[core])
         better_cost, better = self._evaluate(found)
         if better < damage:
             choice, cost, damage = found, better_cost, better
-        return Chosen(choice, cost, damage, min(bound, damage))
+        return Chosen(choice, cost, damage, damage if exactly and is_best else min(bound, damage))
 
     def _cut(self, budget: int) -> int:
         """Number of steps that ``budget`` pays in full."""
@@ -79,13 +87,23 @@ class Path:
 
     def _core(self, price: float) -> Ints:
         """Rows that lose least by another option when a byte costs ``price``, those first that lose most."""
-        value = np.sort(self.damages + price * self.costs, axis=1)
-        regret = value[:, 1] - value[:, 0] if value.shape[1] > 1 else np.full(len(value), np.inf)
-        order = np.argsort(regret, kind="stable")[:CORE]
+        value = self.damages + price * self.costs
+        if value.shape[1] < 2:
+            return np.empty(0, dtype=np.int64)
+        value = np.partition(value, 1, axis=1)
+        regret = value[:, 1] - value[:, 0]
+        order = np.argsort(regret, kind="stable")[: CORE if len(value) <= MANY else SMALL_CORE]
         return np.asarray(order[np.isfinite(regret[order])][::-1])
 
-    def _solve_core(self, core: Ints, room: int, fallback: Ints) -> Ints:
-        """The best options of the rows ``core`` within ``room`` bytes together, row by row with bounds.
+    def _by_size(self) -> Ints:
+        """All rows, those of large steps first, in classes of a factor of two."""
+        largest = np.ones(len(self.costs))
+        np.maximum.at(largest, self.row, self.extra)
+        return np.argsort(-np.round(np.log2(largest)), kind="stable")
+
+    def _solve_core(self, core: Ints, room: int, fallback: Ints) -> tuple[Ints, bool]:
+        """The best options of the rows ``core`` within ``room`` bytes together, row by row with bounds, and whether
+        they are proven best.
 
         States are (cost, damage) of the rows so far. One is dropped if another costs and hurts no more, or if even
         without integrality the rows that are left cannot make it better than the best known.
@@ -102,6 +120,7 @@ class Path:
         best = float(_at(self.damages[core], fallback).sum())
         rounding = 1e-13 * float(first_damage[0])
         trail: list[tuple[Ints, Ints]] = []
+        is_best = True
         for i in range(n):
             options = np.flatnonzero(np.isfinite(self.damages[core[i]]))
             options = options[self.costs[core[i], options] <= room]
@@ -121,7 +140,10 @@ class Path:
             lowest = np.minimum.accumulate(damage[keep])
             keep = keep[np.concatenate([[True], damage[keep][1:] < lowest[:-1]])] if len(keep) else keep
             if not len(keep):
-                return fallback
+                return fallback, is_best
+            if len(keep) > MOST_STATES:
+                is_best = False
+                keep = np.sort(keep[np.argsort(ideal[keep], kind="stable")[:MOST_STATES]])
             cost, damage = cost[keep], damage[keep]
             trail.append((parent[keep], option[keep]))
         at = int(np.lexsort((cost, damage))[0])
@@ -129,7 +151,7 @@ class Path:
         for i in range(n - 1, -1, -1):
             parent, option = trail[i]
             picks[i], at = option[at], int(parent[at])
-        return picks
+        return picks, is_best
 
 
 def _at(values: npt.NDArray[np.generic], choice: Ints) -> npt.NDArray[np.generic]:
@@ -137,24 +159,52 @@ def _at(values: npt.NDArray[np.generic], choice: Ints) -> npt.NDArray[np.generic
 
 
 def _steps(costs: Ints, damages: Doubles, start: Ints) -> tuple[Ints, Ints, Ints, Doubles, Doubles]:
-    """(row, option, extra cost, damage saved, rate) of every hull step, by falling rate."""
-    at, live, rate = start.copy(), np.arange(len(costs)), np.full(len(costs), np.inf)
-    found: list[tuple[Ints, Ints, Ints, Doubles, Doubles]] = []
-    while len(live):
-        extra = costs[live] - costs[live, at[live]][:, None]
-        saved = damages[live, at[live]][:, None] - damages[live]
-        useful = (extra > 0) & (saved > 0)
-        rates = np.where(useful, saved / np.where(useful, extra, 1), 0.0)
-        most = rates.max(axis=1)
-        # of equally steep steps the longest: those in between lie on it
-        to = np.where(useful & (rates == most[:, None]), extra, 0).argmax(axis=1)
-        onward = np.flatnonzero(most > 0)
-        live, to = live[onward], to[onward]
-        # rounding must not let a later step of a row come first
-        rate[live] = np.minimum(rate[live], most[onward])
-        found.append((live, to, extra[onward, to], saved[onward, to], rate[live].copy()))
-        at[live] = to
-    row, option, extra, saved, rates = (np.concatenate(part) for part in zip(*found, strict=True))
-    piece = np.repeat(np.arange(len(found)), [len(part[0]) for part in found])
-    order = np.lexsort((piece, row, -rates))
-    return row[order], option[order], extra[order], saved[order], rates[order]
+    """(row, option, extra cost, damage saved, rate) of every hull step, by falling rate.
+
+    One option after the other by rising cost, all rows at once: an option that helps goes on top of its row's hull,
+    when those below it that it makes pointless are gone.
+    """
+    n, n_options = costs.shape
+    rows = np.arange(n)
+    by_cost = None if _rise(costs) else np.argsort(costs, axis=1, kind="stable")
+    hull, top = np.zeros((n_options + 1, n), dtype=np.int64), np.zeros(n, dtype=np.int64)
+    cost, damage, rate = hull.copy(), np.zeros((n_options + 1, n)), np.full((n_options + 1, n), np.inf)
+    hull[0], cost[0], damage[0] = start, costs[rows, start], damages[rows, start]
+    for column in range(n_options):
+        option = None if by_cost is None else by_cost[:, column]
+        own_cost, own_damage = (
+            np.ascontiguousarray(a[:, column]) if option is None else a[rows, option] for a in (costs, damages)
+        )
+        live = np.flatnonzero((own_damage < damage[top, rows]) & (own_cost >= cost[top, rows]))
+        while len(live):
+            depth = top[live]
+            extra, saved = own_cost[live] - cost[depth, live], damage[depth, live] - own_damage[live]
+            steep = np.divide(saved, extra, out=np.full(len(live), np.inf), where=extra > 0)
+            # of equally steep steps the longest: those in between lie on it
+            on_top = steep < rate[depth, live]
+            at, place = depth[on_top] + 1, live[on_top]
+            hull[at, place] = column if option is None else option[place]
+            cost[at, place], damage[at, place], rate[at, place] = own_cost[place], own_damage[place], steep[on_top]
+            top[place] = at
+            live = live[~on_top]
+            top[live] -= 1
+    row, at = np.nonzero(np.arange(1, n_options + 1) <= top[:, None])
+    at += 1
+    found = rate[at, row]
+    order = np.argsort(-found, kind="stable")
+    row, at = row[order].astype(np.int64), at[order]
+    gain: Doubles = damage[at - 1, row] - damage[at, row]
+    longer: Ints = cost[at, row] - cost[at - 1, row]
+    steepness: Doubles = found[order]
+    return row, hull[at, row], longer, gain, steepness
+
+
+def _rise(costs: Ints) -> bool:
+    """Whether the costs of every row rise from left to right, those that it lacks apart."""
+    last = costs[:, 0] % NEVER
+    for column in range(1, costs.shape[1]):
+        own = costs[:, column]
+        if ((own < last) & (own != NEVER)).any():
+            return False
+        last = np.where(own == NEVER, last, own)
+    return True

@@ -23,7 +23,8 @@ from mopeq_edge.gguf_file import KV, TensorInfo, pad
 from mopeq_edge.gguf_layout import encode_kv, tensor_header_bytes, uint32
 from mopeq_edge.plan.artifact import MIXED, PER_EXPERT, Plan, PlannedGroup, PlannedTensor, id_runs
 from mopeq_edge.plan.candidates import Allowed
-from mopeq_edge.plan.menus import Problem, solve_menus
+from mopeq_edge.plan.menu_problem import Problem
+from mopeq_edge.plan.menus import solve_menus
 from mopeq_edge.plan.path import NEVER
 from mopeq_edge.source.model import Source, SourceTensor
 

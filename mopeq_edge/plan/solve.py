@@ -2,7 +2,8 @@
 
 HiGHS solves it as an integer program, through scipy. Its tolerances are relative to floating-point
 numbers and ours is a hard budget in bytes, so costs and choices are checked in integers, and the
-walk along the groups' convex hulls gives a second solution that is always feasible.
+walk along the groups' convex hulls gives a second solution that is always feasible. Of many groups it takes seconds;
+they are solved exactly along the hulls instead.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_matrix
 
 from mopeq_edge.errors import PlanError
-from mopeq_edge.plan.path import NEVER, Path
+from mopeq_edge.plan.path import NEVER, Doubles, Path
+
+MOST_GROUPS = 500
+"""Groups that HiGHS is asked about, at most: it takes seconds for them. Always, so that damage never rises with the
+budget."""
 
 ATTEMPTS = 20
 """How often HiGHS is asked before the best solution so far is taken."""
@@ -71,6 +74,8 @@ def solve(groups: Sequence[Group], budget: int, *, time_limit: float = 60.0) -> 
         return replace(only, bound=only.damage)
     best = hull = _along_hulls(groups, budget)
     bound = hull.bound
+    if len(groups) > MOST_GROUPS:
+        return best
     # HiGHS rounds: a choice may exceed the budget by its tolerance. Cut off that choice, and all that cost at least
     # as much in every group, and ask again: the optimum stays.
     too_big: list[list[int]] = []
@@ -110,7 +115,7 @@ def _along_hulls(groups: Sequence[Group], budget: int) -> Solution:
     for index, group in enumerate(groups):
         costs[index, : len(group.costs)] = group.costs
         damages[index, : len(group.damages)] = group.damages
-    chosen = Path(costs, damages).solve(budget)
+    chosen = Path(costs, damages).solve(budget, exactly=len(groups) > MOST_GROUPS)
     assert chosen is not None, "the cheapest choice fits"
     return Solution(tuple(chosen.choice.tolist()), chosen.cost, chosen.damage, chosen.bound)
 
@@ -125,6 +130,10 @@ def _highs(
 ) -> tuple[list[int] | None, float]:
     """(choice or None, lower bound on the damage) from HiGHS. ``known`` is the damage of some choice that fits,
     ``too_big`` are choices known to exceed the budget."""
+    # here, because it takes half a second to import and large problems do without
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_matrix
+
     # costs over their common divisor and damages over a known total keep both in HiGHS's best range
     unit = math.gcd(*(c for g in groups for c in g.costs)) or 1
     base = [g.costs[options[0]] for g, options in zip(groups, pruned, strict=True)]
@@ -144,7 +153,10 @@ def _highs(
             constraints=[
                 LinearConstraint(one_each, 1, 1),
                 LinearConstraint(csr_matrix(np.array(costs, dtype=float)), -np.inf, room),
-                *(LinearConstraint(_cover(groups, pruned, choice), -np.inf, len(groups) - 1) for choice in too_big),
+                *(
+                    LinearConstraint(csr_matrix(_cover(groups, pruned, choice)), -np.inf, len(groups) - 1)
+                    for choice in too_big
+                ),
             ],
             options={"time_limit": time_limit, "mip_rel_gap": 0.0},
         )
@@ -159,14 +171,14 @@ def _highs(
     return choice, bound
 
 
-def _cover(groups: Sequence[Group], pruned: Sequence[list[int]], choice: Sequence[int]) -> csr_matrix:
+def _cover(groups: Sequence[Group], pruned: Sequence[list[int]], choice: Sequence[int]) -> Doubles:
     """A row of ones at all options that cost at least what ``choice`` does: with one in every group it is too big."""
     row = [
         float(group.costs[i] >= group.costs[picked])
         for group, options, picked in zip(groups, pruned, choice, strict=True)
         for i in options
     ]
-    return csr_matrix(np.array(row))
+    return np.array(row)
 
 
 @contextmanager

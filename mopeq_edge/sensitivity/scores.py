@@ -60,7 +60,7 @@ UNITS: Mapping[str, str] = {
 }
 SCORES: tuple[str, ...] = tuple(UNITS)
 
-BEST: tuple[str, ...] = (FISHER_TRACE, FISHER, IMATRIX)
+BEST: tuple[str, ...] = (FISHER_TRACE, FISHER, IMATRIX, WEIGHT_MSE)
 """What to plan by: the first of these that the statistics allow (docs/study.md)."""
 
 NEEDS_GRADIENT: frozenset[str] = frozenset({FISHER, TRACE, FISHER_TRACE})

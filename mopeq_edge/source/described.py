@@ -1,0 +1,106 @@
+"""What a model is, remembered: everything about a source but its weights.
+
+Opening a checkpoint reads the headers of all its shards and its tokenizer, seconds for a large one. A plan for another
+budget needs only what came out: names, shapes and key-values. They are kept in the work directory with the names,
+sizes and times of the files that they were read from, and of the code that read them; if any of those changed, the
+model is opened again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from mopeq_edge.artifacts import digest, read_json, write_json
+from mopeq_edge.errors import FormatError, OutputError
+from mopeq_edge.ggml.types import BY_NAME
+from mopeq_edge.gguf_file import KV, ValueType
+from mopeq_edge.source.model import Bytes, Floats, Source, SourceTensor
+
+FORMAT, VERSION = "mopeq-edge source description", 1
+
+
+@dataclass(frozen=True)
+class DescribedSource:
+    """A :class:`Source` without weights: nothing can be read of it."""
+
+    path: Path
+    kind: str
+    architecture: str
+    kvs: Mapping[str, KV]
+    tensors: tuple[SourceTensor, ...]
+    warnings: tuple[str, ...]
+    files: tuple[Path, ...]
+
+    def read(self, tensor: SourceTensor, matrix: int = 0, rows: slice | None = None) -> Floats:
+        raise NotImplementedError(f"{tensor.name}: weights of a description")
+
+    def read_stored(self, tensor: SourceTensor, matrix: int = 0, rows: slice | None = None) -> Bytes:
+        raise NotImplementedError(f"{tensor.name}: weights of a description")
+
+
+def stamp(model: Path, options: Iterable[object], code: Iterable[Path]) -> str:
+    """Changes when ``model`` does, as far as names, sizes, times and inodes tell, or ``options``, or folders of code.
+
+    Of a directory all files count: one that joins it may change the key-values. ``model`` is there.
+    """
+    folders = [model, model / "additional_chat_templates"] if model.is_dir() else []
+    files = [path for folder in (*folders, *code) if folder.is_dir() for path in folder.iterdir()]
+    found = [_of_file(path) for path in (sorted(files) if folders else [*sorted(files), model])]
+    return digest([VERSION, _version_of("transformers"), [str(option) for option in options], found])
+
+
+def write_description(source: Source, path: Path, made_from: str) -> None:
+    """Keep what ``source`` is; a place that cannot be written only costs time."""
+    body = {
+        "made_from": made_from,
+        **{"path": str(source.path), "kind": source.kind, "architecture": source.architecture},
+        "kvs": [[key, kv.type, kv.value, kv.sub_type] for key, kv in source.kvs.items()],
+        "tensors": [[t.name, list(t.shape), t.type.name, t.mtp] for t in source.tensors],
+        "warnings": list(source.warnings),
+        "files": [str(file) for file in source.files],
+    }
+    with suppress(OutputError):
+        write_json(path, FORMAT, VERSION, body, indent=None)
+
+
+def read_description(path: Path, made_from: str) -> DescribedSource | None:
+    """What :func:`write_description` kept for this stamp; None for anything else."""
+    if not path.is_file():
+        return None
+    try:
+        found = read_json(path, FORMAT, VERSION)
+        if found["made_from"] != made_from:
+            return None
+        return DescribedSource(
+            Path(found["path"]),
+            found["kind"],
+            found["architecture"],
+            {key: _kv(*kv) for key, *kv in found["kvs"]},
+            tuple(SourceTensor(name, tuple(shape), BY_NAME[kind], mtp) for name, shape, kind, mtp in found["tensors"]),
+            tuple(found["warnings"]),
+            tuple(Path(file) for file in found["files"]),
+        )
+    except (FormatError, KeyError, ValueError, TypeError):
+        return None
+
+
+def _kv(kind: int, value: Any, sub_type: int | None) -> KV:
+    return KV(ValueType(kind), value, None if sub_type is None else ValueType(sub_type))
+
+
+def _of_file(path: Path) -> list[object]:
+    found = path.stat()
+    # a folder's own times change with what is written into it
+    return [str(path), *(() if path.is_dir() else (found.st_size, found.st_mtime_ns, found.st_ino))]
+
+
+def _version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

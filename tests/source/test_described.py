@@ -1,0 +1,39 @@
+"""What is remembered of a model, and when it is not believed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mopeq_edge.pipeline_context import DESCRIPTION, open_context, open_description
+from mopeq_edge.progress import SilentProgress
+from mopeq_edge.source.described import DescribedSource
+from tools.sparse_checkpoint import Size, write_sparse_checkpoint
+
+SMALL = Size(n_layer=2, n_expert=8, hidden=256, ff=256, n_head=2, n_vocab=4200, sample_rows=2, shard_bytes=4 * 10**6)
+
+
+def test_a_description_is_the_model_until_a_file_changes(tmp_path: Path) -> None:
+    model, work = tmp_path / "model", tmp_path / "work"
+    assert write_sparse_checkpoint(model, SMALL) > 10**6
+    given = {"pre": "deepseek-v3", "threads": 1, "progress": SilentProgress()}
+    whole = open_context(model, work, **given).source
+    first, again = (open_description(model, work, **given).source for _ in range(2))
+    assert not isinstance(first, DescribedSource)
+    assert isinstance(again, DescribedSource)
+    for name in ("path", "kind", "architecture", "tensors", "warnings", "files"):
+        assert getattr(again, name) == getattr(whole, name)
+    assert list(again.kvs.items()) == list(whole.kvs.items())
+    # no weight was read to plan
+    assert not (work / "hashes.json").exists()
+    content = open_context(model, work, **given).source_sha256
+    assert open_description(model, work, **given).source_sha256 == content
+    # other options, a file that is newer or joins, and a damaged description
+    assert not isinstance(open_description(model, work, **{**given, "pre": "gpt-2"}).source, DescribedSource)
+    open_description(model, work, **given)
+    for change in (lambda: os.utime(model / "config.json", (1, 1)), lambda: (model / "merges.txt").touch()):
+        assert isinstance(open_description(model, work, **given).source, DescribedSource)
+        change()
+        assert not isinstance(open_description(model, work, **given).source, DescribedSource)
+    (work / DESCRIPTION).write_text("{}")
+    assert not isinstance(open_description(model, work, **given).source, DescribedSource)
