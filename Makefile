@@ -7,10 +7,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BUDGET_GB ?= 0.0085
+FUZZ_SECONDS ?= 60
 # a process for each core, with one thread each in torch
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
-.PHONY: setup runtime stock demo test unit check format table clean
+.PHONY: setup runtime stock browser demo test unit check fuzz format table clean
 
 setup: $(READY)
 
@@ -29,6 +30,14 @@ runtime: $(READY)
 stock: $(READY)
 	$(BIN)/mopeq-edge runtime install --stock
 
+# Chromium for the tests of the report, by Debian's package where that may be installed; without it they are skipped.
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
+		run=; [ "$$(id -u)" = 0 ] || run="sudo -n"; \
+		command -v apt-get >/dev/null && $$run apt-get update -qq && \
+		$$run env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+		|| echo "no Chromium: the tests marked 'browser' will be skipped"
+
 demo: runtime
 	mkdir -p demo
 	$(BIN)/mopeq-edge inspect examples/tiny-olmoe
@@ -44,7 +53,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: runtime stock check
+test: runtime stock browser check
 	$(PYTEST)
 
 unit: $(READY)
@@ -53,6 +62,11 @@ unit: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Ten minutes of fuzzing guided by coverage, of every kind of file that is read: nothing is to be found.
+fuzz: $(READY)
+	$(BIN)/pip install --quiet -e '.[fuzz]'
+	$(BIN)/python -m tools.fuzz all --seconds $(FUZZ_SECONDS)
 
 # The README's tables: five budgets against llama-quantize's presets of the same imatrix, and both layouts at six.
 table: runtime

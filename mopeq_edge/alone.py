@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mopeq_edge.atomic import remove_leftovers
 from mopeq_edge.file_lock import held_alone
+from mopeq_edge.vision.description import ENDING
 
 
 @contextmanager
@@ -24,7 +25,7 @@ def alone(work: Path, output: Path | None = None) -> Iterator[None]:
         if output is not None:
             stack.enter_context(held_alone(output.with_name(f".{output.name}.lock"), str(output)))
             stem = re.escape(output.name.removesuffix(".gguf"))
-            _clean(output.parent, rf"{stem}(?:-\d{{5}}-of-\d{{5}})?(?:\.gguf)?")
+            _clean(output.parent, rf"{stem}(?:-\d{{5}}-of-\d{{5}})?(?:\.gguf|{re.escape(ENDING)})?")
         yield
 
 

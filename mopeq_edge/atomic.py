@@ -1,7 +1,7 @@
 """Files that are either whole or not there: write beside the target, fsync, rename.
 
-A temporary file, ``.NAME.PID.tmp``, is locked as long as its process works on it. One that nobody has locked is what a
-killed process left, and the next that writes NAME removes it.
+A temporary file or folder, ``.NAME.PID.tmp``, is locked as long as its process works on it. One that nobody has locked
+is what a killed process left, and the next that writes NAME removes it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, BinaryIO
 
 from mopeq_edge.errors import OutputError
-from mopeq_edge.file_lock import is_at, try_lock
+from mopeq_edge.file_lock import is_at, lock_folder, try_lock
 
 
 @contextmanager
@@ -60,26 +60,55 @@ def atomic_path(path: Path) -> Iterator[Path]:
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yields an empty directory beside ``path``, which must not exist; on success it becomes ``path``, else it goes."""
+    with scratch_directory(path) as temporary:
+        yield temporary
+        os.rename(temporary, path)
+
+
+@contextmanager
+def scratch_directory(path: Path) -> Iterator[Path]:
+    """Yields an empty directory beside ``path``, which goes away: for what is to be moved from there when it is whole.
+
+    Raises :class:`OutputError` as :func:`atomic_write`.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, re.escape(path.name))
         temporary.mkdir()
-        try:
-            yield temporary
-            os.rename(temporary, path)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        with _held(temporary):
+            try:
+                yield temporary
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
         _sync_directory(path.parent)
     except OSError as error:
         if error.filename is None or _concerns(Path(error.filename), path):
-            raise OutputError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
+            raise OutputError(
+                f"{path}: cannot be written ({error.strerror or error}); nothing was left under that name; "
+                "free space or choose another place"
+            ) from error
         raise
 
 
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Locks ``folder`` where folders can be locked."""
+    handle = None
+    with suppress(OSError):
+        handle = lock_folder(folder)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
 def _concerns(found: Path, path: Path) -> bool:
-    """Whether an error of ``found`` is one of writing ``path``: itself, its temporary file or its folder."""
-    return found in (path, path.parent) or (found.parent == path.parent and found.name.startswith(f".{path.name}."))
+    """Whether an error of ``found`` is one of writing ``path``: itself, its folder, or what it is written in before."""
+    return found in (path, path.parent) or any(
+        place.parent == path.parent and place.name.startswith(f".{path.name}.") for place in (found, *found.parents)
+    )
 
 
 def _let_go(lock: IO[bytes]) -> None:
@@ -89,13 +118,26 @@ def _let_go(lock: IO[bytes]) -> None:
 
 
 def remove_leftovers(folder: Path, name: str) -> None:
-    """Remove temporary files of names like the pattern ``name`` in ``folder`` that no process holds."""
+    """Remove temporary files and folders of names like the pattern ``name`` in ``folder`` that no process holds."""
     pattern = re.compile(rf"\.(?:{name})\.\d+(?:-\d+)?\.tmp")
-    for found in [entry for entry in os.listdir(folder) if pattern.fullmatch(entry)]:
+    for found in [folder / entry for entry in os.listdir(folder) if pattern.fullmatch(entry)]:
         # not ours to read, gone meanwhile, or on a file system without locks: then it stays
-        with suppress(OSError), (folder / found).open("r+b") as file:
-            if try_lock(file):
-                (folder / found).unlink()
+        with suppress(OSError):
+            if found.is_dir() and not found.is_symlink():
+                _remove_folder(found)
+                continue
+            with found.open("r+b") as file:
+                if try_lock(file):
+                    found.unlink()
+
+
+def _remove_folder(folder: Path) -> None:
+    handle = lock_folder(folder)
+    if handle is not None:
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(handle)
 
 
 def _new_temporary(path: Path) -> tuple[Path, IO[bytes]]:

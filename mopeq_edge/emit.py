@@ -53,23 +53,14 @@ def emit(
     flight. The bytes do not depend on threads.
     An expert has the same bits in a group as in a stack of the group's type.
     """
-    blind = without_imatrix(source, types, imatrix)
-    if blind:
-        needy = next(kind for kind in kinds_of(types[blind[0]]) if kind.name in NEEDS_IMATRIX)
-        raise PlanError(
-            f"tensor '{blind[0]}': type {needy.name} needs an imatrix entry and the imatrix has none; "
-            "plan again with this imatrix, or emit with the one that the plan was made with"
-        )
-    places = planned_files(source, types, kvs, split_bytes)
-    paths = [path] if split_bytes is None else part_paths(path, len(places))
     with (
-        _all_or_none(paths) as temporaries,
+        whole_files(source, types, kvs, imatrix, path, split_bytes) as files,
         ThreadPoolExecutor(threads) as pool,
         ThreadPoolExecutor(1) as hashing,
         progress.step("emit", sum(t.n_weights for t in source.tensors), "weights") as step,
     ):
-        tensors = _written(source, types)
-        for temporary, place in zip(temporaries, places, strict=True):
+        tensors = written(source, types)
+        for temporary, place in files:
             with temporary.open("wb") as file:
                 file.write(place.header)
                 hasher = hashing if place.hashes_at is not None else None
@@ -80,12 +71,39 @@ def emit(
                 if place.hashes_at is not None:
                     file.seek(0)
                     file.write(place.sealed(hashes))
+    return sum(place.file_size for _, place in files)
+
+
+@contextmanager
+def whole_files(
+    source: Source,
+    types: Types,
+    kvs: Mapping[str, KV],
+    imatrix: Imatrix | None,
+    path: Path,
+    split_bytes: int | None,
+) -> Iterator[list[tuple[Path, Layout]]]:
+    """The files of :func:`emit` under temporary names, each with its layout, to be filled in the block.
+
+    They get their names when all were read back and are as planned.
+    """
+    blind = without_imatrix(source, types, imatrix)
+    if blind:
+        needy = next(kind for kind in kinds_of(types[blind[0]]) if kind.name in NEEDS_IMATRIX)
+        raise PlanError(
+            f"tensor '{blind[0]}': type {needy.name} needs an imatrix entry and the imatrix has none; "
+            "plan again with this imatrix, or emit with the one that the plan was made with"
+        )
+    places = planned_files(source, types, kvs, split_bytes)
+    paths = [path] if split_bytes is None else part_paths(path, len(places))
+    with _all_or_none(paths) as temporaries:
+        yield list(zip(temporaries, places, strict=True))
+        for temporary, place in zip(temporaries, places, strict=True):
             check_written(temporary, place)
         check_groups(temporaries, types)
         if len(paths) > 1:
             # a run that is killed between two renames must not leave a set of old and new files that loads
             paths[0].unlink(missing_ok=True)
-    return sum(place.file_size for place in places)
 
 
 def planned_files(
@@ -110,7 +128,7 @@ def _all_or_none(paths: Sequence[Path]) -> Iterator[list[Path]]:
         raise
 
 
-def _written(source: Source, types: Types) -> Iterator[Written]:
+def written(source: Source, types: Types) -> Iterator[Written]:
     """What :func:`file_specs` lists, in the same order."""
     for tensor in source.tensors:
         kind = types[tensor.name]
@@ -126,7 +144,7 @@ def _write(
     file: BinaryIO,
     alignment: int,
     source: Source,
-    written: Written,
+    what: Written,
     imatrix: Imatrix | None,
     ggml: Quantizer,
     pool: ThreadPoolExecutor,
@@ -138,11 +156,12 @@ def _write(
 
     Without ``hashing`` there is none: the file has no room for it.
     """
-    tensor, kind, matrices = written
+    tensor, kind, matrices = what
     data = new_hash()
     hashed: Future[None] | None = None
     if isinstance(kind, GgmlType):
-        for blocks in _quantized(source, tensor, kind, matrices, imatrix, ggml, pool, in_flight=2 * threads):
+        weights = quantizer_weights(imatrix, tensor, kind, matrices)
+        for blocks in quantized(source, tensor, kind, matrices, weights, ggml, pool, in_flight=2 * threads):
             if hashed is not None:
                 # in order, and no more than one piece behind
                 hashed.result()
@@ -202,29 +221,39 @@ def check_groups(paths: Sequence[Path], types: Types) -> None:
             raise FormatError(f"{paths[0]}: the groups of '{name}' are not as planned; this is a bug, please report it")
 
 
-def _quantized(
-    source: Source,
-    tensor: SourceTensor,
-    kind: GgmlType,
-    matrices: Sequence[int],
-    imatrix: Imatrix | None,
-    ggml: Quantizer,
-    pool: ThreadPoolExecutor,
-    in_flight: int,
-) -> Iterator[Bytes]:
-    """The bytes of the ``matrices`` of ``tensor`` as ``kind``, in order, a piece at a time."""
+def quantizer_weights(
+    imatrix: Imatrix | None, tensor: SourceTensor, kind: GgmlType, matrices: Sequence[int]
+) -> Floats | None:
+    """What the quantizer weighs the columns of ``matrices`` with [len(matrices), n_in], if it does."""
     entry = imatrix.entries.get(tensor.name) if imatrix is not None else None
-    weights = entry.mean() if entry is not None and kind.is_quantized else None
-    if weights is not None and weights.shape != (tensor.n_matrices, tensor.n_in):
+    if entry is None or not kind.is_quantized:
+        return None
+    weights = entry.mean()
+    if weights.shape != (tensor.n_matrices, tensor.n_in):
         raise FormatError(
             f"imatrix entry '{tensor.name}' has shape {list(weights.shape)}, expected "
             f"{[tensor.n_matrices, tensor.n_in]}; it was made for another model"
         )
+    return weights[list(matrices)]
 
-    def one_piece(matrix: int, rows: slice) -> Bytes:
+
+def quantized(
+    source: Source,
+    tensor: SourceTensor,
+    kind: GgmlType,
+    matrices: Sequence[int],
+    weights: Floats | None,
+    ggml: Quantizer,
+    pool: ThreadPoolExecutor,
+    in_flight: int,
+    rows: range | None = None,
+) -> Iterator[Bytes]:
+    """The bytes of ``matrices`` of ``tensor`` (of their ``rows``) as ``kind``, in order, a piece at a time."""
+    rows = range(tensor.n_out) if rows is None else rows
+
+    def one_piece(matrix: int, rows: slice, own: Floats | None) -> Bytes:
         if kind is tensor.type:
             return np.ascontiguousarray(source.read_stored(tensor, matrix, rows))
-        own: Floats | None = None if weights is None else weights[matrix]
         values = source.read(tensor, matrix, rows).reshape(-1, tensor.n_in)
         largest = magnitude(values)
         if not kind.holds(largest):
@@ -238,10 +267,10 @@ def _quantized(
     waiting: deque[Future[Bytes]] = deque()
     at_once = max(1, WEIGHTS_AT_ONCE // tensor.n_in)
     try:
-        for matrix in matrices:
-            for start in range(0, tensor.n_out, at_once):
-                rows = slice(start, min(start + at_once, tensor.n_out))
-                waiting.append(pool.submit(one_piece, matrix, rows))
+        for position, matrix in enumerate(matrices):
+            own = None if weights is None else weights[position]
+            for start in range(rows.start, rows.stop, at_once):
+                waiting.append(pool.submit(one_piece, matrix, slice(start, min(start + at_once, rows.stop)), own))
                 if len(waiting) >= in_flight:
                     yield waiting.popleft().result()
         while waiting:

@@ -80,5 +80,9 @@ class ExtraMissingError(MopeqError):
     """A package of an optional extra that is not installed."""
 
 
+class ClusterError(MopeqError):
+    """A cluster that cannot be reached, or whose machines cannot do the work."""
+
+
 class PatchError(MopeqError):
     """A llama.cpp source tree that our patch does not fit, or a patch that cannot be read."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import BinaryIO
 
 from mopeq_edge.gguf_file import KV, ValueType
+from mopeq_edge.progress import Step
 
 TENSORS_KEY, HEADER_KEY = "mopeq.tensor_hashes", "mopeq.header_hash"
 KEYS = (TENSORS_KEY, HEADER_KEY)
@@ -20,10 +22,23 @@ UNKNOWN = "0" * 2 * DIGEST_BYTES
 BYTES_PER_TENSOR = 8 + len(UNKNOWN)
 """What a tensor adds to the array: the string's length, and the string."""
 
+_READ_BYTES = 2**22
+
 
 def new_hash() -> hashlib.blake2b:
     """What tensors and headers are hashed with."""
     return hashlib.blake2b(digest_size=DIGEST_BYTES)
+
+
+def hash_of(file: BinaryIO, nbytes: int, step: Step | None = None) -> str:
+    """The hash of the next ``nbytes`` of ``file``, or of what there is of them; a few megabytes in memory at a time."""
+    found, left = new_hash(), nbytes
+    while left and (data := file.read(min(left, _READ_BYTES))):
+        found.update(data)
+        left -= len(data)
+        if step is not None:
+            step.advance(len(data))
+    return found.hexdigest()
 
 
 def unknown_hashes(n_tensors: int) -> dict[str, KV]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -29,6 +30,10 @@ if sys.platform == "win32":
             file.seek(at)
         return True
 
+    def lock_folder(folder: Path) -> int | None:
+        """No folder can be opened here."""
+        raise OSError(errno.ENOTSUP, "folders cannot be locked")
+
 else:
     import fcntl
 
@@ -39,6 +44,18 @@ else:
         except BlockingIOError:
             return False
         return True
+
+    def lock_folder(folder: Path) -> int | None:
+        """A handle of ``folder``, locked until it is closed; None if another has it. Raises OSError as above."""
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(handle)
+            if isinstance(error, BlockingIOError):
+                return None
+            raise
+        return handle
 
 
 def is_at(file: IO[bytes], path: Path) -> bool:

@@ -1,8 +1,10 @@
 """Read the header of a GGUF file: key-values, tensor infos, where the data starts.
 
 Every length, count and offset is checked against the file's size before it is used, and what a header may hold has a
-limit: time and memory are bounded by the constants below, whatever the file says and however large it is. Tensor data
-is not touched. Format: version 3 (and 2) little-endian, as ``ggml/docs/gguf.md`` describes.
+limit: time and memory are bounded by the constants below, whatever the file says and however large it is. Arrays stay
+as they are in the file until somebody asks for their elements. Tensor data is not touched.
+
+Format: version 3 (and 2) little-endian, as ``ggml/docs/gguf.md`` describes.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,9 +37,14 @@ MAX_ALIGNMENT = 2**20
 MAX_HEADER = 2**27
 """Bytes from the file's start to its data: the largest vocabularies in use take a fifth of that."""
 
-MAX_KEYS, MAX_TENSORS = 2**16, 2**16
-MAX_ELEMENTS = 2**22
-"""Elements of all arrays together: tokens, types, scores and merges of the largest vocabularies are 1.4 million."""
+MAX_KEYS, MAX_TENSORS = 2**12, 2**15
+"""Files in use have some fifty keys; 512 layers whose three stacks have seven groups each have 20,000 tensors."""
+
+MAX_ELEMENTS, MAX_TEXTS = 2**22, 2**21
+"""Elements of all arrays together, and how many of them may be strings: tokens, types, scores and merges of the largest
+vocabularies are 1.4 million, 0.8 million of them strings."""
+
+_READ_BYTES = 2**18
 
 
 class ValueType(IntEnum):
@@ -72,13 +80,51 @@ SCALAR_FORMATS: Mapping[ValueType, str] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KV:
     """One key's value; ``sub_type`` is the element type of an array."""
 
     type: ValueType
     value: Any
     sub_type: ValueType | None = None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, KV):
+            return NotImplemented
+        return (self.type, self.sub_type) == (other.type, other.sub_type) and bool(self.value == other.value)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class StoredArray(KV):
+    """An array as it is in a file, checked; its ``value`` is made when it is asked for."""
+
+    def __init__(self, sub_type: ValueType, length: int, raw: bytes | bytearray) -> None:
+        for name, value in (("type", ValueType.ARRAY), ("sub_type", sub_type), ("length", length), ("raw", raw)):
+            object.__setattr__(self, name, value)
+
+    length: int
+    """Number of elements."""
+    raw: bytes | bytearray
+    """The elements, one after the other; each string behind its length."""
+
+    @cached_property
+    def value(self) -> list[Any]:
+        """The elements."""
+        assert self.sub_type is not None
+        if self.sub_type is not ValueType.STRING:
+            return list(struct.unpack(f"<{self.length}{SCALAR_FORMATS[self.sub_type]}", self.raw))
+        found, at = [], 0
+        for _ in range(self.length):
+            start = at + 8
+            at = start + _LENGTH(self.raw, at)[0]
+            found.append(self.raw[start:at].decode("utf-8", "surrogateescape"))
+        return found
+
+
+_LENGTH = struct.Struct("<Q").unpack_from
+_TENSOR = tuple(struct.Struct(f"<{n}QIQ") for n in range(5))
+"""Axes, type and offset of a tensor, by its number of axes."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +170,7 @@ class _Cursor:
 
     def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
         self.file, self.path, self.size, self.at = file, path, size, 0
-        self.elements = 0
+        self.elements = self.texts = 0
         """Of the arrays read so far."""
 
     def take(self, n: int, what: str) -> bytes:
@@ -149,15 +195,15 @@ class _Cursor:
 
     def count(self, what: str, smallest: int, most: int) -> int:
         """A count of at most ``most`` items that take at least ``smallest`` bytes each."""
-        n = int(self.unpack("Q", what))
-        if n * smallest > self.size - self.at:
-            raise FormatError(
-                f"{self.path}: broken GGUF: {what} is {n} at offset {self.at - 8}, "
-                f"more than the file's {self.size} bytes can hold"
-            )
+        return self.checked(int(self.unpack("Q", what)), what, smallest, most, self.at)
+
+    def checked(self, n: int, what: str, smallest: int, most: int, start: int) -> int:
+        """``n`` if the file has room for so many items from ``start`` on, behind their number."""
+        found = f"{self.path}: broken GGUF: {what} is {n} at offset {start - 8}"
+        if n * smallest > self.size - start:
+            raise FormatError(f"{found}, more than the file's {self.size} bytes can hold")
         if n > most:
-            where = f"at offset {self.at - 8}"
-            raise FormatError(f"{self.path}: broken GGUF: {what} is {n} {where}, expected at most {most}")
+            raise FormatError(f"{found}, expected at most {most}")
         return n
 
     def length(self, what: str, smallest: int) -> int:
@@ -202,11 +248,59 @@ class _Cursor:
             raise FormatError(f"{self.path}: key '{key}' is an array of arrays, which llama.cpp does not load")
         if sub is ValueType.STRING:
             n = self.length(f"'{key}'", 8)
-            return KV(kind, [self.string(f"element of '{key}'") for _ in range(n)], sub)
-        fmt = SCALAR_FORMATS[sub]
-        width = struct.calcsize("<" + fmt)
+            return StoredArray(sub, n, self.strings(key, n))
+        width = struct.calcsize("<" + SCALAR_FORMATS[sub])
         n = self.length(f"'{key}'", width)
-        return KV(kind, list(struct.unpack(f"<{n}{fmt}", self.take(n * width, f"values of '{key}'"))), sub)
+        return StoredArray(sub, n, self.take(n * width, f"values of '{key}'"))
+
+    def strings(self, key: str, n: int) -> bytearray:
+        """``n`` strings with their lengths, which lie one behind the other; read in pieces, walked, not made."""
+        what = f"element of '{key}'"
+        if self.texts + n > MAX_TEXTS:
+            raise FormatError(
+                f"{self.path}: broken GGUF: '{key}' has {n} strings at offset {self.at}, expected at most "
+                f"{MAX_TEXTS - self.texts}; convert the model again"
+            )
+        self.texts += n
+        whole, piece = bytearray(), b""
+        while n:
+            found, end = _walk(piece, n)
+            whole += piece[:end]
+            piece, n = piece[end:], n - found
+            if n:
+                piece += self._more(what, piece, n)
+        # what lies behind the strings was read with them
+        self.at -= len(piece)
+        self.file.seek(self.at)
+        return whole
+
+    def _more(self, what: str, piece: bytes, n: int) -> bytes:
+        """The rest of the string that ``piece`` begins with, and some of the ``n`` from there on."""
+        needed = 8 - len(piece)
+        if needed <= 0:
+            start = self.at - len(piece) + 8
+            needed += self.checked(_LENGTH(piece, 0)[0], f"length of {what}", 1, MAX_HEADER, start)
+        room = min(self.size, MAX_HEADER) - self.at
+        return self.take(max(needed, min(_READ_BYTES, 32 * n, room)), what)
+
+
+def _walk(piece: bytes, most: int) -> tuple[int, int]:
+    """(number, end) of the whole strings, at most ``most``, that ``piece`` begins with."""
+    at = done = group = 0
+    try:
+        # the inner loop is what the largest vocabulary, or a hostile file, takes its time in
+        for done in range(0, most, 64):
+            group = at
+            for _ in range(min(64, most - done)):
+                at += 8 + _LENGTH(piece, at)[0]
+        if at <= len(piece):
+            return most, at
+    except (struct.error, OverflowError):
+        pass
+    at = group
+    while done < most and at + 8 <= len(piece) and (end := at + 8 + _LENGTH(piece, at)[0]) <= len(piece):
+        done, at = done + 1, end
+    return done, at
 
 
 def _read_tensor(cursor: _Cursor) -> TensorInfo:
@@ -214,8 +308,9 @@ def _read_tensor(cursor: _Cursor) -> TensorInfo:
     n_dims = cursor.unpack("I", f"dimensions of tensor '{name}'")
     if not 1 <= n_dims <= 4:
         raise FormatError(f"{cursor.path}: tensor '{name}' has {n_dims} dimensions, expected 1 to 4")
-    shape = tuple(int(cursor.unpack("Q", f"shape of tensor '{name}'")) for _ in range(n_dims))
-    type_id = cursor.unpack("I", f"type of tensor '{name}'")
+    form = _TENSOR[n_dims]
+    *shape_read, type_id, offset = form.unpack(cursor.take(form.size, f"shape of tensor '{name}'"))
+    shape = tuple(shape_read)
     if type_id not in BY_ID:
         raise FormatError(f"{cursor.path}: tensor '{name}' has unknown type {type_id}; a newer llama.cpp made it?")
     kind = BY_ID[type_id]
@@ -224,7 +319,7 @@ def _read_tensor(cursor: _Cursor) -> TensorInfo:
             f"{cursor.path}: tensor '{name}' of shape {list(shape)} cannot have type {kind.name} "
             f"(rows must be whole blocks of {kind.block_size})"
         )
-    return TensorInfo(name, shape, kind, int(cursor.unpack("Q", f"offset of tensor '{name}'")))
+    return TensorInfo(name, shape, kind, offset)
 
 
 def read_header(path: Path) -> GGUFHeader:

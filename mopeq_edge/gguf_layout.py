@@ -21,6 +21,7 @@ from mopeq_edge.gguf_file import (
     MAGIC,
     MAX_NAME,
     SCALAR_FORMATS,
+    StoredArray,
     TensorInfo,
     ValueType,
     pad,
@@ -113,6 +114,8 @@ def encode_kv(key: str, kv: KV) -> bytes:
         return kind + struct.pack("<" + SCALAR_FORMATS[kv.type], kv.value)
     if kv.sub_type is None or kv.sub_type is ValueType.ARRAY:
         raise FormatError(f"key '{key}': an array needs a scalar or string element type")
+    if isinstance(kv, StoredArray):
+        return kind + struct.pack("<IQ", kv.sub_type, kv.length) + kv.raw
     head = kind + struct.pack("<IQ", kv.sub_type, len(kv.value))
     if kv.sub_type is ValueType.STRING:
         return head + b"".join(_encode_string(item) for item in kv.value)

@@ -22,7 +22,6 @@ from mopeq_edge.ggml.types import F32
 from mopeq_edge.gguf_file import KV, GGUFHeader, TensorInfo, ValueType, read_header
 from mopeq_edge.gguf_layout import layout, string, uint32
 from mopeq_edge.json_file import Check, is_count, is_number, is_texts
-from mopeq_edge.source.file_bytes import read_bytes
 
 Floats = npt.NDArray[np.float32]
 
@@ -41,6 +40,7 @@ PRIOR_COUNT = 1.0
 """Tokens that the prior of a never-routed expert counts for."""
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
+_LARGEST = np.finfo(np.float32).max
 _SCALE_KEY, _KIND_KEY, _UNROUTED_KEY = "mopeq.imatrix.scale", "mopeq.imatrix.kind", "mopeq.imatrix.unrouted"
 
 
@@ -203,15 +203,20 @@ _UNSAID: Mapping[str, Any] = {_KIND_KEY: ACTIVATION, _SCALE_KEY: 1.0, _UNROUTED_
 def _read_arrays(header: GGUFHeader) -> dict[str, Floats]:
     """Matrices [n_matrices, n] of float32 by name."""
     arrays: dict[str, Floats] = {}
-    for info in header.tensors:
-        if info.type is not F32 or not info.name.endswith((_SUMS, _COUNTS)):
-            raise FormatError(f"{header.path}: tensor '{info.name}' ({info.type.name}) has no place in an imatrix")
-        n_in, n_matrices = _matrix_shape(header, info)
-        raw = read_bytes(header.path, header.data_start + info.offset, info.nbytes)
-        values = raw.view("<f4").astype(np.float32).reshape(n_matrices, n_in)
-        if not np.isfinite(values).all() or (values < 0).any():
-            raise FormatError(f"{header.path}: '{info.name}' holds negative or non-finite values; make it again")
-        arrays[info.name] = values
+    with header.path.open("rb") as file:
+        for info in header.tensors:
+            if info.type is not F32 or not info.name.endswith((_SUMS, _COUNTS)):
+                raise FormatError(f"{header.path}: tensor '{info.name}' ({info.type.name}) has no place in an imatrix")
+            n_in, n_matrices = _matrix_shape(header, info)
+            file.seek(header.data_start + info.offset)
+            raw = file.read(info.nbytes)
+            if len(raw) != info.nbytes:
+                raise FormatError(f"{header.path}: truncated imatrix: the file shrank while it was read")
+            values = np.frombuffer(raw, "<f4").astype(np.float32).reshape(n_matrices, n_in)
+            # NaN is in no order, infinity above the largest number
+            if not (values.min() >= 0 and values.max() <= _LARGEST):
+                raise FormatError(f"{header.path}: '{info.name}' holds negative or non-finite values; make it again")
+            arrays[info.name] = values
     return arrays
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from mopeq_edge.artifacts import digest
 from mopeq_edge.emit import emit, planned_files
+from mopeq_edge.emit_parts import emit_on
+from mopeq_edge.engine.local import LocalEngine
 from mopeq_edge.errors import PlanError
 from mopeq_edge.expert_groups.layout import Types, file_specs
 from mopeq_edge.ggml.library import Quantizer, load_ggml
@@ -57,9 +59,8 @@ def run_sensitivity(
             types,
             calibrated.statistics if calibrated else Statistics(),
             quantize_with,
-            load_ggml(),
+            context.engine or LocalEngine(context.threads, load_ggml()),
             sample_rows=sample_rows,
-            threads=context.threads,
             made_from=made_from,
             progress=context.progress,
         )
@@ -204,7 +205,10 @@ def _emit(
     quantizer: Quantizer | None = None,
     split_bytes: int | None = None,
 ) -> int:
-    ggml, threads, progress = quantizer or load_ggml(), context.threads, context.progress
+    progress = context.progress
+    if context.engine is not None and quantizer is None:
+        return emit_on(context.engine, source, types, kvs, imatrix, output, progress=progress, split_bytes=split_bytes)
+    ggml, threads = quantizer or load_ggml(), context.threads
     return emit(source, types, kvs, imatrix, ggml, output, threads=threads, progress=progress, split_bytes=split_bytes)
 
 

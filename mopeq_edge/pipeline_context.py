@@ -10,10 +10,12 @@ from tempfile import TemporaryDirectory
 from converters import CONVERTERS
 from converters.by_script import checkpoint_files, converted_gguf, header_gguf
 from mopeq_edge.artifacts import digest
+from mopeq_edge.engine.interface import Engine
 from mopeq_edge.progress import Progress
 from mopeq_edge.source.digests import Digests
 from mopeq_edge.source.model import Source
-from mopeq_edge.source.open import open_source
+from mopeq_edge.source.open import open_remote, open_source
+from mopeq_edge.source.remote import ModelURL
 from mopeq_edge.workdir import WorkDirectory
 
 BeforeScript = Callable[[tuple[Path, ...]], None]
@@ -31,6 +33,8 @@ class Context:
     progress: Progress
     checkpoint: tuple[Path, ...] = ()
     """Files of the directory that the source, a GGUF in the work directory, was made of."""
+    engine: Engine | None = None
+    """Who runs the tasks of sensitivity and emit; None: this process."""
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -39,7 +43,7 @@ class Context:
 
 
 def open_context(
-    model: Path,
+    model: Path | ModelURL,
     work: Path,
     *,
     pre: str | None,
@@ -47,11 +51,13 @@ def open_context(
     threads: int,
     progress: Progress,
     before_script: BeforeScript | None = None,
+    engine: Engine | None = None,
 ) -> Context:
     """Open ``model`` and say what its user should know.
 
     ``keep_mtp`` keeps blocks of a checkpoint that predict further tokens. A directory that no converter of ours knows
-    becomes a GGUF in ``work`` by llama.cpp's own script; ``before_script`` is asked first, because that takes minutes.
+    becomes a GGUF in ``work`` by llama.cpp's own script (one at a URL does not); ``before_script`` is asked first,
+    because that takes minutes.
     """
     directory = WorkDirectory(work)
     digests = Digests(directory.file("hashes.json"))
@@ -64,14 +70,20 @@ def open_context(
             before_script(checkpoint)
         return converted_gguf(path, architecture, directory, digests, pre=pre, progress=progress)
 
-    source = open_source(model, CONVERTERS, pre, to_gguf, keep_mtp=keep_mtp)
+    source: Source
+    if isinstance(model, ModelURL):
+        folder = directory.file("remote") / model.name
+        source, content = open_remote(model, folder, CONVERTERS, pre, keep_mtp=keep_mtp)
+    else:
+        source = open_source(model, CONVERTERS, pre, to_gguf, keep_mtp=keep_mtp)
+        content = ""
     for warning in source.warnings:
         progress.note(f"note: {warning}")
-    content = digests.of_source(source)
+    content = content or digests.of_source(source)
     if keep_mtp:
         # another model of the same files: what was measured or written without its further blocks must not serve it
         content = digest(["with MTP", content])
-    return Context(source, content, directory, threads, progress, checkpoint)
+    return Context(source, content, directory, threads, progress, checkpoint, engine)
 
 
 def open_header(

@@ -32,6 +32,7 @@ from mopeq_edge.validate.check import Check, failed, skipped
 from mopeq_edge.validate.llama_run import run_llama
 from mopeq_edge.validate.measured import Thresholds, check_evaluation, check_prediction
 from mopeq_edge.validate.scan import scan
+from mopeq_edge.validate.second_opinion import Agreement
 from mopeq_edge.validate.stored import StoredModel, stored_model
 from mopeq_edge.validate.structure import check_structure, find_plan, zeroed_tail
 from mopeq_edge.validate.text import N_TOKENS, TEXT, tokens_of
@@ -73,6 +74,8 @@ class Validated:
     summary: Summary
     checks: tuple[Check, ...]
     seconds: dict[str, float]
+    routing: tuple[Agreement, ...] = ()
+    """Of llama.cpp's routers with the reference's; empty where that was left out."""
 
     @property
     def failed(self) -> list[Check]:
@@ -86,7 +89,9 @@ class Validated:
     def as_dict(self) -> dict[str, Any]:
         """The summary's plain values, and those of the checks."""
         checks = [check.as_dict() for check in self.checks]
-        return {**self.summary.as_dict(), "passed": self.passed, "checks": checks, "seconds": self.seconds}
+        routing = [layer.as_dict() for layer in self.routing]
+        own = {"passed": self.passed, "checks": checks, "routing": routing, "seconds": self.seconds}
+        return {**self.summary.as_dict(), **own}
 
 
 def validate(request: ValidateRequest, progress: Progress) -> Validated:
@@ -130,10 +135,11 @@ def validate(request: ValidateRequest, progress: Progress) -> Validated:
         checks += _against(request, model, source, padding, why_no_source, progress)
     with timed("run"):
         damaged = [check for check in broken if check.passed is False]
-        checks += _run(request, model, damaged, progress)
+        ran, routing = _run(request, model, damaged, progress)
+        checks += ran
     with timed("evaluation"):
         checks += _evaluate(request, plan, damaged, progress)
-    return Validated(summary, tuple(checks), seconds)
+    return Validated(summary, tuple(checks), seconds, routing)
 
 
 def _plan(request: ValidateRequest, headers: Sequence[GGUFHeader]) -> tuple[Plan | None, str]:
@@ -182,10 +188,13 @@ def _against(
     return checks + against.check_weights(model, compared, source)
 
 
-def _run(request: ValidateRequest, model: StoredModel, damaged: list[Check], progress: Progress) -> list[Check]:
+def _run(
+    request: ValidateRequest, model: StoredModel, damaged: list[Check], progress: Progress
+) -> tuple[list[Check], tuple[Agreement, ...]]:
+    """llama.cpp, and the ONNX reference beside it."""
     why_not = _why_not_run(request, model, damaged)
     if why_not:
-        return [skipped(RUNS, "llama.cpp", why_not)]
+        return [skipped(RUNS, "llama.cpp", why_not)], ()
     text = read_text(request.text) if request.text is not None else TEXT
     try:
         tokens = tokens_of(model, text, request.n_tokens)
@@ -196,7 +205,7 @@ def _run(request: ValidateRequest, model: StoredModel, damaged: list[Check], pro
     except FormatError:
         raise
     except MopeqError as error:
-        return [Check(RUNS, "llama.cpp", None, None, False, str(error))]
+        return [Check(RUNS, "llama.cpp", None, None, False, str(error))], ()
     checks = [Check(RUNS, plural(len(tokens), "token"), None, None, True, "llama.cpp loads and computes it")]
     tolerance = tolerance_of(matrix.type for matrix in model.matrices if matrix.type is not I32)
     checks.append(second_opinion.check_steps(run, tokens, tolerance))
@@ -207,12 +216,13 @@ def _run(request: ValidateRequest, model: StoredModel, damaged: list[Check], pro
     try:
         reference = run_reference(model.path, tokens, threads=request.threads, progress=progress, routing=routing)
     except SourceError as error:
-        return [*checks, skipped(second_opinion.LOGITS, "ONNX reference", str(error))]
+        return [*checks, skipped(second_opinion.LOGITS, "ONNX reference", str(error))], ()
     except (FormatError, ValueError) as error:
         # also where llama.cpp has no experts and the file has
-        return [*checks, Check(second_opinion.LOGITS, "ONNX reference", None, None, False, str(error))]
+        return [*checks, Check(second_opinion.LOGITS, "ONNX reference", None, None, False, str(error))], ()
     checks.append(second_opinion.check_logits(run, reference, tokens, tolerance))
-    return checks + second_opinion.check_routing(run, reference, tolerance)
+    checks += second_opinion.check_routing(run, reference, tolerance)
+    return checks, second_opinion.agreement(run, reference, tolerance)
 
 
 def _why_not_run(request: ValidateRequest, model: StoredModel, damaged: list[Check]) -> str:

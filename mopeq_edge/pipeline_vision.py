@@ -13,8 +13,7 @@ from mopeq_edge.atomic import check_output
 from mopeq_edge.errors import FormatError
 from mopeq_edge.pipeline_context import Context
 from mopeq_edge.source.huggingface import HuggingFaceSource
-from mopeq_edge.split import whole_name
-from mopeq_edge.vision.description import ENDING
+from mopeq_edge.vision.description import vision_beside, weights_file
 
 if TYPE_CHECKING:
     from converters.vision import Family
@@ -72,11 +71,11 @@ def check_vision(context: Context, output: Path, kind: str | None, *, force: boo
     if family is None or not any(name.startswith(family.prefixes) for name in source.checkpoint.names):
         return None
     tower = family.read(source.path, source.config, source.checkpoint)
-    out = output.with_name(whole_name(output).removesuffix(".gguf") + ENDING)
+    out = vision_beside(output)
     made_from = digest(["vision 1", context.source_sha256, kind, repr(tower)])
     request = VisionRequest(source, family, out, kind, made_from)
     if _kept(request) is None:
-        for path in (out, out.with_name(f"{out.name}.data")):
+        for path in (out, weights_file(out)):
             check_output(path, context.inputs, force=force)
     return request
 

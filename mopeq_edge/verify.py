@@ -1,4 +1,5 @@
-"""Compare a GGUF's bytes with the hashes that it carries (:mod:`mopeq_edge.file_hashes`)."""
+"""Compare the bytes of a GGUF (:mod:`mopeq_edge.file_hashes`) and of the vision file beside it
+(:mod:`mopeq_edge.vision.hashes`) with the hashes that they carry."""
 
 from __future__ import annotations
 
@@ -8,13 +9,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mopeq_edge.errors import FormatError
-from mopeq_edge.file_hashes import HEADER_KEY, KEYS, TENSORS_KEY, UNKNOWN, new_hash
+from mopeq_edge.file_hashes import HEADER_KEY, KEYS, TENSORS_KEY, UNKNOWN, hash_of, new_hash
 from mopeq_edge.gguf_file import GGUFHeader, pad
 from mopeq_edge.gguf_layout import encode_kv
 from mopeq_edge.progress import BYTES, Progress, Step
 from mopeq_edge.split import read_parts
-
-_READ_BYTES = 2**22
+from mopeq_edge.vision.description import ENDING, vision_beside, weights_file
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,14 @@ class Verification:
     files: tuple[str, ...]
     n_tensors: int
     n_bytes: int
-    has_hashes: bool
+    without_hashes: tuple[str, ...]
+    """Files that carry none."""
     damaged: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def has_hashes(self) -> bool:
+        """Every file can be verified."""
+        return not self.without_hashes
 
     @property
     def whole(self) -> bool:
@@ -39,26 +45,66 @@ class Verification:
             **found,
             "damaged": [{"file": file, "what": what} for file, what in self.damaged],
             "files": list(self.files),
+            "has_hashes": self.has_hashes,
             "whole": self.whole,
+            "without_hashes": list(self.without_hashes),
         }
 
 
 def verify(path: Path, progress: Progress) -> Verification:
-    """Read every byte of ``path``, or of all files of a split GGUF.
+    """Read every byte of ``path``, of all files of a split GGUF, and of the vision file beside it; or of that alone.
 
     Raises :class:`FormatError` or :class:`SourceError` where the damage leaves no header to read or a file is missing.
     """
+    if path.name.endswith(ENDING):
+        return _verify_vision(path, progress)
     headers = read_parts(path)
-    damaged: list[tuple[str, str]] = []
-    known = [any(key in header.kvs for key in KEYS) for header in headers]
-    names = tuple(str(header.path) for header in headers)
+    names = [str(header.path) for header in headers]
+    without = [str(header.path) for header in headers if not any(key in header.kvs for key in KEYS)]
     n_tensors, n_bytes = sum(len(h.tensors) for h in headers), sum(h.file_size for h in headers)
-    if not any(known):
-        return Verification(names, n_tensors, n_bytes, False)
-    with progress.step("verify", n_bytes, BYTES) as step:
-        for header in headers:
-            damaged += [(str(header.path), what) for what in _damage(header, step)]
-    return Verification(names, n_tensors, n_bytes, True, tuple(damaged))
+    damaged: list[tuple[str, str]] = []
+    if len(without) < len(headers):
+        # a part that lost its hashes is damaged, not made by another program
+        without = []
+        with progress.step("verify", n_bytes, BYTES) as step:
+            for header in headers:
+                damaged += [(str(header.path), what) for what in _damage(header, step)]
+    found = Verification(tuple(names), n_tensors, n_bytes, tuple(without), tuple(damaged))
+    vision = vision_beside(path)
+    return _with(found, vision, progress) if vision.is_file() else found
+
+
+def _with(found: Verification, vision: Path, progress: Progress) -> Verification:
+    """``found`` and what is found of the file ``vision``, also if there is nothing left of it to read."""
+    try:
+        more = _verify_vision(vision, progress)
+    except FormatError as error:
+        more = Verification((str(vision),), 0, 0, (), ((str(vision), f"everything ({error})"),))
+    return Verification(
+        found.files + more.files,
+        found.n_tensors + more.n_tensors,
+        found.n_bytes + more.n_bytes,
+        found.without_hashes + more.without_hashes,
+        found.damaged + more.damaged,
+    )
+
+
+def _verify_vision(path: Path, progress: Progress) -> Verification:
+    from mopeq_edge.vision.graph_file import read_graph
+    from mopeq_edge.vision.hashes import damage, recorded
+
+    graph = read_graph(path)
+    said = recorded(graph)
+    beside = weights_file(path)
+    if not beside.is_file():
+        raise FormatError(f"{path}: its weights, {beside.name}, are not beside it; copy both files")
+    names = (str(path), str(beside))
+    n_bytes = len(graph.raw) + beside.stat().st_size
+    if said is None:
+        return Verification(names, len(graph.stored), n_bytes, (str(path),))
+    with progress.step("verify vision", n_bytes, BYTES) as step:
+        damaged = tuple((str(file), what) for file, what in damage(graph, said, step))
+    return Verification(names, len(graph.stored), n_bytes, (), damaged)
 
 
 def _damage(header: GGUFHeader, step: Step) -> Iterator[str]:
@@ -96,13 +142,7 @@ def _header_hash(header: GGUFHeader, raw: bytes) -> str | None:
 def _damaged_data(header: GGUFHeader, file: BinaryIO, recorded: list[str], step: Step) -> Iterator[str]:
     for tensor, expected in zip(header.tensors, recorded, strict=True):
         file.seek(header.data_start + tensor.offset)
-        found = new_hash()
-        left = tensor.nbytes
-        while left and (data := file.read(min(left, _READ_BYTES))):
-            found.update(data)
-            left -= len(data)
-            step.advance(len(data))
-        if found.hexdigest() != expected:
+        if hash_of(file, tensor.nbytes, step) != expected:
             yield tensor.name
         if any(file.read(pad(tensor.nbytes, header.alignment) - tensor.nbytes)):
             yield f"padding after {tensor.name}"

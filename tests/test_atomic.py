@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from mopeq_edge.atomic import atomic_path, atomic_write, check_output
+from mopeq_edge.atomic import (
+    atomic_directory,
+    atomic_path,
+    atomic_write,
+    check_output,
+    remove_leftovers,
+    scratch_directory,
+)
 from mopeq_edge.errors import OutputError
 
 
@@ -195,6 +202,36 @@ def test_what_a_killed_process_left_goes_away(tmp_path: Path, own: bool) -> None
         file.write(b"whole")
     assert names(tmp_path) == [".other.gguf.1.tmp", "out.gguf"]
     assert (tmp_path / "out.gguf").read_bytes() == b"whole"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are locked on POSIX alone")
+def test_folders_of_killed_processes_go_away_and_those_of_living_ones_stay(tmp_path: Path) -> None:
+    left = tmp_path / f".out.{dead_pid()}.tmp"
+    (left / "deeper").mkdir(parents=True)
+    (left / "deeper" / "half").write_bytes(b"half")
+    with scratch_directory(tmp_path / "out") as own:
+        assert not left.exists()
+        (own / "half").write_bytes(b"half")
+        remove_leftovers(tmp_path, "out")
+        assert (own / "half").exists()
+        os.replace(own / "half", tmp_path / "out")
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_directory_appears_only_when_whole(tmp_path: Path) -> None:
+    def fail() -> None:
+        with atomic_directory(tmp_path / "new") as folder:
+            (folder / "half").write_bytes(b"half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert names(tmp_path) == []
+    with atomic_directory(tmp_path / "new") as folder:
+        (folder / "file").write_bytes(b"whole")
+        assert not (tmp_path / "new").exists()
+    assert (tmp_path / "new" / "file").read_bytes() == b"whole"
+    assert names(tmp_path) == ["new"]
 
 
 def test_the_file_of_a_living_writer_stays(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ class Run:
         return invoke("plan", self.model, "--target-gb", gb, *options, *args)
 
     def options(self) -> tuple[object, ...]:
-        return ("--work-dir", self.work, "--types", "k", "--chunks", 12, "--threads", 2, "--json")
+        return ("--work-dir", self.work, "--types", "k", "--chunks", 12, "--threads", 2, "--no-report", "--json")
 
 
 def invoke(*args: object) -> Result:
@@ -301,6 +301,7 @@ def test_threads_and_a_fresh_work_directory_change_no_byte(tmp_path: Path) -> No
             threads,
             "--work-dir",
             work,
+            "--no-report",
             "--json",
         )
         found = printed(invoke("convert", place, out, *options, *types))

@@ -175,6 +175,60 @@ def test_bytes_that_are_no_utf8_survive(tmp_path: Path) -> None:
     assert layout(found.kvs, []).header == path.read_bytes()
 
 
+def strings_header(texts: list[bytes], *more: bytes) -> bytes:
+    """A header of the array 'k' of ``texts`` and the key-values ``more``."""
+    return header(key("k", 9, struct.pack("<IQ", 8, len(texts)) + b"".join(map(text, texts))), *more)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 9, 100, 2**18])
+def test_strings_across_the_pieces_that_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    """Of every length around those of a piece and of a group of the walk, with what lies behind them."""
+    monkeypatch.setattr(gguf_file, "_READ_BYTES", piece)
+    path, end = tmp_path / "m.gguf", key("end", 4, b"\7\0\0\0")
+    for n in (0, 1, 2, 63, 64, 65, 130):
+        texts = [bytes([97 + i % 26]) * (i * i % 23) for i in range(n)]
+        raw = strings_header(texts, end)
+        path.write_bytes(raw + b"\0" * (-len(raw) % 32))
+        found = read_header(path)
+        assert layout(found.kvs, []).header == path.read_bytes()
+        assert found.kvs == {"k": KV(ValueType.ARRAY, [t.decode() for t in texts], ValueType.STRING), "end": uint32(7)}
+        assert found.get("k") == [t.decode() for t in texts]
+        # elements that were looked at are written as they were
+        assert layout(found.kvs, []).header == path.read_bytes()
+        for cut in range(max(0, len(raw) - 25), len(raw)):
+            path.write_bytes(raw[:cut])
+            with pytest.raises(FormatError, match=r"truncated GGUF|can hold"):
+                read_header(path)
+
+
+def test_a_string_that_is_too_long_is_told_by_its_place(tmp_path: Path) -> None:
+    for n in (0, 1, 63, 64, 200):
+        raw = strings_header([b"abc"] * n + [b"x"])
+        at = len(raw) - 9
+        for length in (2, 2**31, 2**62, 2**63, 2**64 - 8, 2**64 - 1):
+            (tmp_path / "bad.gguf").write_bytes(raw[:at] + struct.pack("<Q", length) + b"x")
+            with pytest.raises(FormatError, match=f"length of element of 'k' is {length} at offset {at}, more than"):
+                read_header(tmp_path / "bad.gguf")
+
+
+def test_a_large_vocabulary_takes_no_more_memory_than_the_header(tmp_path: Path) -> None:
+    """Read, written again, and refused for a fault behind it."""
+    path, texts = tmp_path / "m.gguf", [b"token%06d" % i for i in range(100_000)]
+    raw = strings_header(texts)
+    path.write_bytes(raw + b"\0" * (-len(raw) % 32))
+    (tmp_path / "bad.gguf").write_bytes(strings_header(texts, key("b", 99, b"")))
+    tracemalloc.start()
+    try:
+        with pytest.raises(FormatError, match="key 'b' has unknown value type 99"):
+            read_header(tmp_path / "bad.gguf")
+        found = read_header(path)
+        assert tracemalloc.get_traced_memory()[1] < 1.3 * len(raw) + 1_000_000
+    finally:
+        tracemalloc.stop()
+    assert layout(found.kvs, []).header == path.read_bytes()
+    assert found.get("k")[54_321] == "token054321"
+
+
 A = info("a", (1,), 0, 0)
 HOSTILE = {
     "empty": (b"", "not a GGUF file"),
@@ -256,12 +310,16 @@ def test_hostile_takes_no_memory_and_no_more_reads_than_bytes(tmp_path: Path, mo
 
 
 LIMITED: dict[str, tuple[bytes, str]] = {
-    "tensors": (b"GGUF" + struct.pack("<IQQ", 3, 2**16 + 1, 0), "tensor count is 65537 .* expected at most 65536"),
-    "keys": (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**16 + 1), "key-value count is 65537 .* expected at most 65536"),
+    "tensors": (b"GGUF" + struct.pack("<IQQ", 3, 2**15 + 1, 0), "tensor count is 32769 .* expected at most 32768"),
+    "keys": (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**12 + 1), "key-value count is 4097 .* expected at most 4096"),
     "array": (header(key("k", 9, struct.pack("<IQ", 0, 2**22 + 1))), "length of 'k' is 4194305 .* at most 4194304"),
     "arrays": (
         header(key("a", 9, struct.pack("<IQ", 0, 2**22) + bytes(2**22)), key("b", 9, struct.pack("<IQ", 0, 1))),
         "length of 'b' is 1 .* expected at most 0",
+    ),
+    "strings": (
+        header(key("k", 9, struct.pack("<IQ", 8, 2**21 + 1))),
+        "'k' has 2097153 strings at offset 49, expected at most 2097152",
     ),
     "string": (header(key("k", 8, struct.pack("<Q", 2**27))), "a header of at most 134217728 bytes"),
 }

@@ -76,6 +76,16 @@ def test_frameworks_stay_where_models_run() -> None:
     assert breaches({"torch", "transformers"}, inside, (*models_run_in, pickles_are_read_in)) == []
 
 
+def test_a_cluster_is_asked_for() -> None:
+    """Ray is imported when ``--engine ray`` is given, fsspec for a URL."""
+    inside = ("mopeq_edge/", "converters/", "runtime_tests/")
+    assert breaches({"ray"}, inside, ("mopeq_edge/engine/ray.py", "mopeq_edge/engine/worker.py")) == []
+    assert breaches({"fsspec"}, inside, ("mopeq_edge/source/remote.py",)) == []
+    code = "import sys; import mopeq_edge.source.open, mopeq_edge.engine.ray, mopeq_edge.emit_parts; "
+    code += "assert not {'ray', 'fsspec'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 def test_what_checks_a_file_on_the_device_needs_no_framework() -> None:
     """By its own text, and in a process of its own by that of everything that it imports."""
     assert breaches({"torch", "transformers"}, ("converters/onnx_reference/",)) == []
@@ -88,7 +98,8 @@ def test_what_checks_a_file_on_the_device_needs_no_framework() -> None:
 def test_pictures_on_the_device_need_no_framework_and_no_converter() -> None:
     inside = ("mopeq_edge/vision/", "mopeq_edge/pipeline_vision.py", "mopeq_edge/cli/image.py", "converters/vision/")
     assert breaches({"torch", "transformers"}, inside) == []
-    code = "import sys; import mopeq_edge.vision.answer; found = {'torch', 'transformers', 'onnx', 'converters'}"
+    # onnx is no framework: it reads a stranger's graph before onnxruntime does
+    code = "import sys; import mopeq_edge.vision.answer; found = {'torch', 'transformers', 'converters'}"
     subprocess.run([sys.executable, "-c", f"{code}; assert not found & set(sys.modules)"], check=True, cwd=ROOT)
     code = "import sys; import converters.vision; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -258,7 +258,7 @@ def test_from_split_to_split(theirs: Path, tmp_path: Path) -> None:
     out, work = tmp_path / "out.gguf", ("--work-dir", tmp_path / "work", "--threads", 2, "--json")
     asked = ("--target-gb", 0.008, "--types", "Q3_K,Q5_K")
     options = ("--text", EXAMPLE_TEXT, "--window", 64, "--chunks", 2, "--sample-rows", 4)
-    found = run_json("convert", theirs, out, *asked, "--split-max-size", "3M", *options, *work)
+    found = run_json("convert", theirs, out, "--no-report", *asked, "--split-max-size", "3M", *options, *work)
     parts = part_paths(out, found["output_files"])
     assert len(parts) >= 3
     assert found["output"] == parts[0].name

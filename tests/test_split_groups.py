@@ -280,7 +280,7 @@ def test_the_commands(tiny_model: Path, tmp_path: Path) -> None:
     split = ("--types", "Q2_K,Q3_K,Q4_K", "--split-max-size", "1200K")
     knapsack = ("--layout", "per-expert", "--target-gb", 0.007)
     out = tmp_path / "out.gguf"
-    found = run_json("convert", tiny_model, out, *knapsack, *split, *options, *work)
+    found = run_json("convert", tiny_model, out, "--no-report", *knapsack, *split, *options, *work)
     files = part_paths(out, found["output_files"])
     sizes = [file.stat().st_size for file in files]
     assert len(files) >= 4

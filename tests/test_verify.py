@@ -160,6 +160,6 @@ def test_the_command(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli, ["verify", str(foreign)])
     assert done.exit_code == 3
     assert done.stderr == (
-        f"{foreign}: carries no hashes, so there is nothing to verify with; mopeq-edge emit writes them\n"
+        f"{foreign}: carries no hashes, so there is nothing to verify with; mopeq-edge writes them (emit, convert)\n"
     )
     assert len(done.stderr.splitlines()) == 1

@@ -1,51 +1,68 @@
 """Kill every stage at random moments and at chosen writes, fill its disk, interrupt it; then run it again and compare.
 
-``python -m tools.crash_test --work-dir DIR --json FIGURES`` makes a random model of half a million weights. Each stage
-runs undisturbed once, from the state that the stages before it left. Then, from the same state, it is
+``python -m tools.crash_test --work-dir DIR --json FIGURES`` makes random models of half a million weights. Each stage
+runs undisturbed twice, from the state that the stages before it left, which must give the same bytes. Then, from the
+same state, it is
 
 - killed (SIGKILL) at ``--kills`` times drawn over the undisturbed run's duration,
 - killed before, and in the middle of, ``--points`` of its writes, renames and syncs (:mod:`tools.crash_points`),
 - given a full disk from as many of its writes on,
 - sent SIGINT at ``--interrupts`` times: how long it then takes to end is measured.
 
-After each: files under final names are the old or the new ones, whole; no input has changed; the same command, run
-again, gives every byte of the undisturbed run and leaves nothing else (times in study.csv aside).
+After each: files under final names are the old or the new ones, whole, and those that belong together are of one kind;
+no input has changed; the same command, run again, gives every byte of the undisturbed run and leaves nothing else
+(times in study.csv aside).
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import faulthandler
 import hashlib
+import importlib
 import io
 import json
 import os
 import random
+import select
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tools.crash_points import FULL, KILL, TORN, Points, counted
+from tools.crash_points import FULL, KILL, TORN, Points, counted, in_child
 
 UNCOMPARED = ("hashes.json",)
 """Hashes of the source's files with their times: a cache, which a killed run may or may not have written."""
 GB = "0.00085"
+LONGEST_SECONDS = 120
+"""A run that takes longer does not end."""
 SPLIT = ("--split-max-size", "600K")
 TRACE = ("--trace", "--probes", "2", "--trace-chunks", "1")
 
 
+OLMOE, SCRIPT, VISION = "olmoe", "script", "vision"
+"""Models: one of ours, one that llama.cpp's script converts, one that sees pictures."""
+
+
 @dataclass(frozen=True)
 class Stage:
-    """``command`` gets (model, text, run folder); ``after`` is the stage whose final state it starts from."""
+    """``command`` gets (model, text, run folder); ``after`` is the stage whose final state it starts from.
+
+    ``together``: files of which a reader opens the first; where that is there, the others are as old as it.
+    """
 
     name: str
     command: Callable[[Path, Path, Path], list[str]]
     after: str | None = None
+    model: str = OLMOE
+    together: tuple[str, ...] = ()
 
 
 def _work(run: Path) -> list[str]:
@@ -66,8 +83,25 @@ def _plan(*more: str) -> Callable[[Path, Path, Path], list[str]]:
 
 def _convert(model: Path, text: Path, run: Path) -> list[str]:
     return [
-        *("convert", str(model), str(run / "out.gguf"), "--text", str(text), "--target-gb", GB, "--force"),
+        *(
+            "convert",
+            str(model),
+            str(run / "out.gguf"),
+            "--text",
+            str(text),
+            "--target-gb",
+            GB,
+            "--force",
+            "--no-report",
+        ),
         *("--window", "64", "--chunks", "3", "--layout", "per-expert", *_work(run)),
+    ]
+
+
+def _convert_vision(kind: str) -> Callable[[Path, Path, Path], list[str]]:
+    return lambda model, text, run: [
+        *("convert", str(model), str(run / "out.gguf"), "--text", str(text), "--target-bpw", "6", "--pre", "gpt-2"),
+        *("--window", "64", "--chunks", "2", "--no-evaluate", "--vision-type", kind, "--force", *_work(run)),
     ]
 
 
@@ -84,21 +118,25 @@ def _study(model: Path, text: Path, run: Path) -> list[str]:
     ]
 
 
+PARTS = tuple(f"out-0000{number}-of-00002.gguf" for number in (1, 2))
+SEEING = ("out.vision.onnx", "out.vision.onnx.data")
+
 STAGES = (
     Stage("calibrate", _calibrate),
-    Stage(
-        "calibrate --trace", lambda m, t, r: [*_calibrate(m, t, r), "--trace", "--probes", "2", "--trace-chunks", "1"]
-    ),
+    Stage("calibrate --trace", lambda m, t, r: [*_calibrate(m, t, r), *TRACE]),
     Stage("sensitivity", lambda m, _, r: ["sensitivity", str(m), *_work(r)], "calibrate"),
     Stage("plan", _plan(), "sensitivity"),
     Stage("plan, per-expert", _plan("--layout", "per-expert"), "sensitivity"),
     Stage("plan, split", _plan(*SPLIT), "sensitivity"),
     Stage("emit", _emit(), "plan"),
-    Stage("emit --split-max-size", _emit(*SPLIT), "plan, split"),
+    Stage("emit --split-max-size", _emit(*SPLIT), "plan, split", together=PARTS),
     Stage("emit, per-expert", _emit(), "plan, per-expert"),
     Stage("evaluate", _evaluate, "emit"),
     Stage("convert", _convert),
     Stage("study", _study, "calibrate"),
+    Stage("convert with vision", _convert_vision("F16"), model=VISION, together=SEEING),
+    Stage("convert, other vision", _convert_vision("INT8"), "convert with vision", model=VISION, together=SEEING),
+    Stage("calibrate by script", _calibrate, model=SCRIPT),
 )
 
 
@@ -115,7 +153,10 @@ class Result:
 
 
 class Server:
-    """Runs commands in forks of this process, which has everything imported: a run costs no start of Python."""
+    """Runs commands in forks of this process, which has everything imported: a run costs no start of Python.
+
+    What that is it learns from the first run of each stage.
+    """
 
     def __init__(self, log: Path) -> None:
         import scipy.optimize  # noqa: F401
@@ -127,8 +168,19 @@ class Server:
         torch.set_num_threads(1)
         self._log = log
 
+    def import_all(self, names: Iterable[str]) -> None:
+        """Import modules that a child had. One that starts threads may not be among them: a fork has none."""
+        n_threads = len(os.listdir("/proc/self/task"))
+        for name in names:
+            # of its own making, or an optional one
+            if name not in sys.modules and not name.startswith("__"):
+                with suppress(Exception):
+                    importlib.import_module(name)
+        if len(os.listdir("/proc/self/task")) != n_threads:
+            raise SystemExit("an imported module has started a thread")
+
     def start(self, command: Sequence[str], points: Points | None = None, report: int = -1) -> int:
-        """The process id of ``command``; ``report`` gets the number of points at the end."""
+        """The process id of ``command``; ``report`` gets the number of points and the modules at the end."""
         sys.stdout.flush()
         child = os.fork()
         if child:
@@ -139,10 +191,12 @@ class Server:
         try:
             for source, number in ((os.devnull, 1), (str(self._log), 2)):
                 os.dup2(os.open(source, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            faulthandler.enable()
             sys.argv = ["mopeq-edge", *command]
             code = self._main(points)
             if report >= 0 and points is not None:
-                os.write(report, str(points.count).encode())
+                with os.fdopen(report, "w") as file:
+                    json.dump([points.count, list(sys.modules)], file)
         except BaseException as error:
             os.write(2, f"Traceback: {type(error).__name__}: {error}\n".encode())
         finally:
@@ -163,16 +217,30 @@ class Server:
 
     def run(self, command: Sequence[str], points: Points | None = None) -> tuple[int, str]:
         """(exit code, stderr)"""
-        code = os.waitstatus_to_exitcode(os.waitpid(self.start(command, points), 0)[1])
-        return code, self._log.read_text(errors="replace")
+        return self.end_of(self.start(command, points)), self.said()
 
-    def count(self, command: Sequence[str], root: Path) -> int:
-        """Points of an undisturbed run."""
+    def end_of(self, child: int) -> int:
+        """The exit code of ``child``; one that does not end says where it is, and is aborted."""
+        handle = os.pidfd_open(child)
+        try:
+            if not select.select([handle], [], [], LONGEST_SECONDS)[0]:
+                os.kill(child, signal.SIGABRT)
+        finally:
+            os.close(handle)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def count(self, command: Sequence[str], root: Path) -> tuple[int, int, list[str]]:
+        """(exit code, points, modules) of an undisturbed run."""
         read, write = os.pipe()
-        os.waitpid(self.start(command, Points(root), write), 0)
+        child = self.start(command, Points(root), write)
         os.close(write)
-        with os.fdopen(read, "rb") as file:
-            return int(file.read() or 0)
+        with os.fdopen(read) as file:
+            points, modules = json.loads(file.read() or "[0, []]")
+        return self.end_of(child), points, modules
+
+    def said(self) -> str:
+        """stderr of the last run."""
+        return self._log.read_text(errors="replace")
 
 
 def state(folder: Path) -> dict[str, str]:
@@ -201,15 +269,21 @@ class Trial:
         self.command = stage.command(model, text, self.run_folder)
         self.inputs = self._input_state()
         self.reset()
-        began = time.monotonic()
-        code, said = server.run(self.command)
-        seconds = time.monotonic() - began
+        code, points, modules = server.count(self.command, self.run_folder)
         if code != 0:
-            raise SystemExit(f"{stage.name} fails undisturbed: {said}")
+            raise SystemExit(f"{stage.name} fails undisturbed: {server.said()}")
+        server.import_all(modules)
         self.before, self.final = state(self.start), state(self.run_folder)
         shutil.copytree(self.run_folder, base / "states" / stage.name, dirs_exist_ok=True)
+        missing = [name for name in stage.together if name not in self.final]
+        if missing:
+            raise SystemExit(f"{stage.name} leaves no {', '.join(missing)}")
         self.reset()
-        self.result = Result(stage.name, round(seconds, 2), server.count(self.command, self.run_folder))
+        began = time.monotonic()
+        code, said = server.run(self.command)
+        self.result = Result(stage.name, round(time.monotonic() - began, 2), points)
+        if code != 0 or state(self.run_folder) != self.final:
+            self.result.failures.append(f"undisturbed it gives other bytes the second time: {said[-200:]}")
 
     def reset(self) -> None:
         shutil.rmtree(self.run_folder, ignore_errors=True)
@@ -229,11 +303,11 @@ class Trial:
         time.sleep(after)
         sent = time.monotonic()
         os.kill(child, number)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        code = self.server.end_of(child)
         took = time.monotonic() - sent
         if number == signal.SIGINT:
             self.result.slowest_interrupt = max(self.result.slowest_interrupt, round(took, 2))
-            said = (self.server._log).read_text(errors="replace")
+            said = self.server.said()
             if code not in (0, 130) or "Traceback" in said or (code == 130 and not said.endswith("to go on\n")):
                 self.result.failures.append(f"{what} {after:.2f}: exit {code}: {said[-200:]}")
             if took > 2:
@@ -251,7 +325,7 @@ class Trial:
 
     def _check(self, what: str, where: str) -> None:
         self.result.runs[what] = self.result.runs.get(what, 0) + 1
-        wrong = [f"{name} is neither old nor new" for name in self._partial()]
+        wrong = [f"{name} is neither old nor new" for name in self._partial()] + self._mixed()
         if self._input_state() != self.inputs:
             wrong.append("an input changed")
         code, said = self.server.run(self.command)
@@ -268,6 +342,14 @@ class Trial:
         odd = [n for n in found if n in self.final and found[n] not in (self.before.get(n), self.final[n])]
         return [name for name in odd if not _whole(self.run_folder / name)]
 
+    def _mixed(self) -> list[str]:
+        found, names = state(self.run_folder), self.stage.together
+        if not names or names[0] not in found:
+            return []
+        kinds = [kind for kind in (self.before, self.final) if found[names[0]] == kind.get(names[0])]
+        fits = any(all(found.get(name) == kind.get(name) for name in names) for kind in kinds)
+        return [] if fits else [f"{names[0]} is there with others than its own"]
+
 
 def _whole(path: Path) -> bool:
     """Of files that change as a stage goes on: records and tables that can be read."""
@@ -282,13 +364,19 @@ def _whole(path: Path) -> bool:
     return True
 
 
-def make_inputs(base: Path) -> tuple[Path, Path]:
-    """A random OLMoE and a text."""
-    from tests.builders import EXAMPLE_TEXT, build_olmoe
+def make_model(kind: str, base: Path) -> None:
+    """One of the random models, in the folder of its name."""
+    from tests.builders import build_olmoe
+    from tests.converters.unknown_families import build_lfm2_moe
+    from tools.vision_language_checkpoints import Options, write_checkpoint
+    from tools.vision_language_configs import TINY
 
-    text = base / "text.txt"
-    text.write_text(EXAMPLE_TEXT.read_text()[:30_000])
-    return build_olmoe(base / "model"), text
+    if kind == OLMOE:
+        build_olmoe(base / kind)
+    elif kind == SCRIPT:
+        build_lfm2_moe(base / kind, "bfloat16")
+    else:
+        write_checkpoint(base / kind, Options(TINY, shrink=True))
 
 
 def _needed(names: Sequence[str]) -> set[str]:
@@ -315,10 +403,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     base = given.work_dir.absolute()
     base.mkdir(parents=True)
     os.environ["OMP_NUM_THREADS"] = "1"
-    model, text = _inputs_in_child(base)
+    stages = [stage for stage in STAGES if stage.name in _needed(chosen)]
+    text = _make_inputs(base, {stage.model for stage in stages})
     server, draw, results = Server(base / "stderr"), random.Random(given.seed), []
-    for stage in [stage for stage in STAGES if stage.name in _needed(chosen)]:
-        trial = Trial(server, base, stage, model, text)
+    for stage in stages:
+        trial = Trial(server, base, stage, base / stage.model, text)
         if stage.name not in chosen:
             continue
         span = 1.05 * trial.result.seconds
@@ -353,19 +442,16 @@ def _row(result: Result) -> str:
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
-def _inputs_in_child(base: Path) -> tuple[Path, Path]:
-    """The model is made in a fork: threads of torch in this process would not survive into the stages."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            make_inputs(base)
-            code = 0
-        finally:
-            os._exit(code)
-    if os.waitpid(child, 0)[1] != 0:
-        raise SystemExit("the model could not be made")
-    return base / "model", base / "text.txt"
+def _make_inputs(base: Path, kinds: Iterable[str]) -> Path:
+    """The models, each in a fork: threads of torch in this process would not survive into the stages. The text."""
+    from tests.builders import EXAMPLE_TEXT
+
+    for kind in sorted(kinds):
+        if in_child(lambda kind=kind: make_model(kind, base)) != 0:  # type: ignore[misc]
+            raise SystemExit(f"the model '{kind}' could not be made")
+    text = base / "text.txt"
+    text.write_text(EXAMPLE_TEXT.read_text()[:30_000])
+    return text
 
 
 if __name__ == "__main__":

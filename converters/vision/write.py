@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,13 @@ import onnx
 from converters.onnx_graph import Array, Floats, Graph
 from converters.vision.families import Family
 from converters.vision.weights import F32, Tensors, Weights
-from mopeq_edge.errors import FormatError, OutputError, SourceError
-from mopeq_edge.vision.description import KEY, Description, read_description
-from mopeq_edge.vision.session import VisionSession, check_weights, weights_file
+from mopeq_edge.atomic import scratch_directory
+from mopeq_edge.errors import SourceError
+from mopeq_edge.vision.description import KEY, Description, read_description, weights_file
+from mopeq_edge.vision.graph_file import read_graph
+from mopeq_edge.vision.hashes import KEY as HASHES_KEY
+from mopeq_edge.vision.hashes import sealed, tensor_hashes, unsealed
+from mopeq_edge.vision.session import VisionSession, check_weights
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def write_vision(
     is in memory at a time. Raises :class:`SourceError` for a vision side that is not known here.
     """
     tower = family.read(directory, config, checkpoint)
-    with _folder(out) as folder:
+    with scratch_directory(out) as folder:
         if kind != F32:
             exact = _write(checkpoint, family, tower, folder / F32 / out.name, F32, made_from, 0.0)
             wanted = _embed(exact.path, threads)
@@ -59,7 +62,8 @@ def write_vision(
             found = _embed(written.path, threads)
             error = float(np.linalg.norm(found - wanted) / max(float(np.linalg.norm(wanted)), 1e-30))
             written = _describe(written.path, tower, kind, made_from, error)
-        # the graph last: it is what is looked for
+        # the graph is what is looked for: an old one goes first, the new one comes last
+        out.unlink(missing_ok=True)
         os.replace(weights_file(written.path), weights_file(out))
         os.replace(written.path, out)
     return VisionFile(out, written.description, written.file_bytes)
@@ -67,15 +71,10 @@ def write_vision(
 
 def read_vision(path: Path) -> VisionFile:
     """What is at ``path``, without its weights. Raises :class:`FormatError` for what is damaged or not whole."""
-    try:
-        model = onnx.load(path, load_external_data=False)
-    # protobuf's errors have no base that onnx would promise
-    except Exception as error:
-        raise FormatError(f"{path}: is no ONNX file ({' '.join(str(error).split())[:80]}); write it again") from None
-    said = {entry.key: entry.value for entry in model.metadata_props}
-    described = read_description(said.get(KEY), str(path))
+    graph = read_graph(path)
+    described = read_description(graph.metadata.get(KEY), str(path))
     check_weights(path, described)
-    return VisionFile(path, described, path.stat().st_size + described.weights_bytes)
+    return VisionFile(path, described, len(graph.raw) + described.weights_bytes)
 
 
 def _write(
@@ -102,8 +101,9 @@ def _write(
 
 
 def _describe(path: Path, tower: Any, kind: str, made_from: str, error: float) -> VisionFile:
-    """Put the description into the graph at ``path``."""
-    size = weights_file(path).stat().st_size
+    """Put the description, and hashes of everything, into the graph at ``path``."""
+    beside = weights_file(path)
+    size = beside.stat().st_size
     described = Description(
         kind=tower.kind,
         n_embd=tower.n_embd,
@@ -114,10 +114,11 @@ def _describe(path: Path, tower: Any, kind: str, made_from: str, error: float) -
         relative_error=error,
         made_from=made_from,
     )
-    model = onnx.load(path, load_external_data=False)
-    onnx.helper.set_model_props(model, {KEY: described.text()})
+    graph = read_graph(path)
+    hashes = unsealed(tensor_hashes(beside, graph.stored))
+    onnx.helper.set_model_props(graph.model, {KEY: described.text(), HASHES_KEY: hashes})
     with path.open("wb") as file:
-        file.write(model.SerializeToString(deterministic=True))
+        file.write(sealed(graph.model.SerializeToString(deterministic=True)))
         file.flush()
         os.fsync(file.fileno())
     return VisionFile(path, described, path.stat().st_size + size)
@@ -137,19 +138,3 @@ def _fixed(name: str, shape: list[int]) -> Array:
     y, x = np.mgrid[0:height, 0:width] / max(height, width)
     waves = [np.sin(7 * (c + 1) * x + 3 * y) * np.cos((5 + c) * y - 2 * x * x) for c in range(channels)]
     return np.stack(waves).astype(np.float32)[None]
-
-
-@contextmanager
-def _folder(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that goes away."""
-    folder = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        folder.mkdir(parents=True)
-        yield folder
-    except OSError as error:
-        raise OutputError(
-            f"{out}: cannot be written ({error.strerror or error}); nothing was left under that name; free space or "
-            "choose another place"
-        ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -28,6 +28,7 @@ COMMANDS: Mapping[str, tuple[str, str, str]] = {
     "memory": ("mopeq_edge.cli.memory", "memory", "Predict a model's memory in llama.cpp, and whether it fits."),
     "validate": ("mopeq_edge.cli.validate", "validate", "Whether a GGUF is what it should be."),
     "verify": ("mopeq_edge.cli.verify", "verify", "Whether every byte of a GGUF is still as written."),
+    "report": ("mopeq_edge.cli.report", "report", "One HTML page of what a conversion made and measured."),
     "card": ("mopeq_edge.cli.card", "card", "A model card of GGUF files for the Hugging Face Hub."),
     "runtime": ("mopeq_edge.cli.runtime", "runtime", "Install, show or patch llama.cpp."),
     "completion": ("mopeq_edge.cli.completion", "completion", "Print what completes commands in a shell."),

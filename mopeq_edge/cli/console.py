@@ -26,6 +26,26 @@ F = TypeVar("F", bound=Callable[..., Any])
 FILE = click.Path(path_type=Path)
 WIDTH = 80
 
+
+class _Model(click.Path):
+    """A path, or the URL of a checkpoint directory; ``file://`` is a path."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str) or "://" not in value:
+            return super().convert(value, param, ctx)
+        if value.startswith("file://"):
+            from urllib.parse import unquote, urlsplit
+
+            return Path(unquote(urlsplit(value).path))
+        from mopeq_edge.source.remote import ModelURL
+
+        return ModelURL(value)
+
+
+MODEL = _Model(path_type=Path)
+"""What the stages read."""
+
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 

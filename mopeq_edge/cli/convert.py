@@ -9,20 +9,23 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mopeq_edge.cli import options
-from mopeq_edge.cli.console import FILE, json_option, threads_option
+from mopeq_edge.cli.console import FILE, MODEL, json_option, threads_option
 
 if TYPE_CHECKING:
     from mopeq_edge.convert import Converted
+    from mopeq_edge.engine.interface import Engine
+    from mopeq_edge.source.remote import ModelURL
 
 
 @click.command()
-@click.argument("model", type=FILE)
+@click.argument("model", type=MODEL)
 @click.argument("out", type=FILE)
 @options.budget_options
 @options.calibration_options
 @options.plan_options
 @options.measure_options
 @options.split_option
+@options.engine_options
 @click.option("--eval-text", type=FILE, help="Text to validate on (default: the calibration text's held-out tail).")
 @click.option("--no-evaluate", is_flag=True, help="Do not run the result in llama.cpp.")
 @click.option(
@@ -32,13 +35,14 @@ if TYPE_CHECKING:
     show_default=True,
     help="Type of the matrices that see pictures, written beside OUT as .vision.onnx.",
 )
+@click.option("--no-report", is_flag=True, help="Do not write OUT.report.html at the end.")
 @click.option("--text-only", is_flag=True, help="Leave out what sees pictures.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @options.work_option
 @options.source_options
 @threads_option
 @json_option
-def convert(model: Path, out: Path, **given: Any) -> None:
+def convert(model: Path | ModelURL, out: Path, **given: Any) -> None:
     """Convert MODEL, a Hugging Face directory or GGUF, to OUT under a byte budget.
 
     Calibrates on a text, measures what every candidate type would hurt, plans, writes OUT and compares it
@@ -52,18 +56,26 @@ def convert(model: Path, out: Path, **given: Any) -> None:
       mopeq-edge convert OLMoE-1B-7B out.gguf --target-gb 4 --text corpus.txt
     """
     from mopeq_edge.alone import alone
+    from mopeq_edge.atomic import check_output
     from mopeq_edge.cli.console import console_progress, print_json, print_table
+    from mopeq_edge.cli.report import LEFT_OUT, default_output, report_of_conversion
 
     work = options.work_directory_of_output(given["work_dir"], out)
-    with console_progress() as progress, alone(work, out):
-        result = _run(model, out, given, progress)
+    page = None if given["no_report"] else default_output(out)
+    if page is not None:
+        check_output(page, [], force=given["force"])
+    with console_progress() as progress, alone(work, out), options.engine(given, progress) as engine:
+        result = _run(model, out, given, progress, engine)
+        written = report_of_conversion(result.files[0], work, page, progress) if page is not None else ""
     if given["as_json"]:
         print_json(result.as_dict())
+        if written.startswith(LEFT_OUT):
+            click.echo(f"note: report {written}", err=True)
     else:
-        print_table(_table(result))
+        print_table(_table(result, written))
 
 
-def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Converted:
+def _run(model: Path | ModelURL, out: Path, given: dict[str, Any], progress: Any, engine: Engine | None) -> Converted:
     from mopeq_edge.atomic import atomic_write, check_output
     from mopeq_edge.calibrate.tokens import split_text
     from mopeq_edge.convert import HELD_OUT, ConvertRequest, convert, default_sensitivity
@@ -89,6 +101,7 @@ def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Conver
         threads=given["threads"],
         progress=progress,
         before_script=before_script,
+        engine=engine,
     )
     # the tail is kept back always: so --no-evaluate and --eval-text reuse the calibration too
     words, tail = split_text(read_text(text), HELD_OUT) if text is not None else ("", "")
@@ -129,7 +142,7 @@ def _run(model: Path, out: Path, given: dict[str, Any], progress: Any) -> Conver
     )
 
 
-def _table(result: Converted) -> Any:
+def _table(result: Converted, report: str) -> Any:
     from mopeq_edge.cli.console import rows_table
     from mopeq_edge.cli.stages import padding_row, planner_row, size_of
     from mopeq_edge.units import format_bytes
@@ -165,4 +178,6 @@ def _table(result: Converted) -> Any:
         rows.append(("memory", result.fit.sentence()))
     if result.forecast is not None:
         rows.append(("layouts", result.forecast.sentence()))
+    if report:
+        rows.append(("report", report))
     return rows_table(str(result.files[0]), rows)

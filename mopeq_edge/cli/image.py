@@ -35,7 +35,8 @@ def wants_images(args: Sequence[str]) -> bool:
 @click.pass_obj
 def with_images(file: Path, /, **given: Any) -> None:
     """Answer a question about pictures."""
-    from mopeq_edge.vision.answer import Question, answer, vision_beside
+    from mopeq_edge.vision.answer import Question, answer
+    from mopeq_edge.vision.description import vision_beside
     from mopeq_edge.vision.sample import Sampling
 
     if not given["images"]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from mopeq_edge.cli.console import FILE
 
 if TYPE_CHECKING:
+    from mopeq_edge.engine.interface import Engine
     from mopeq_edge.pipeline_calibrate import CalibrationRequest
     from mopeq_edge.pipeline_fits import FitsRequest
     from mopeq_edge.plan.budget import Budget
     from mopeq_edge.plan.options import PlanOptions
+    from mopeq_edge.progress import Progress
+    from mopeq_edge.source.remote import ModelURL
 
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 """llama.cpp's, of the KV cache."""
@@ -71,6 +76,43 @@ calibration_options = _stack(
         "--trace-chunks", type=click.IntRange(min=1), default=8, show_default=True, help="Windows of --trace, at most."
     ),
 )
+
+
+engine_options = _stack(
+    click.option(
+        "--engine",
+        "engine_name",
+        type=click.Choice(["local", "ray"]),
+        default="local",
+        show_default=True,
+        help="Who computes: this process, or the machines of a Ray cluster.",
+    ),
+    click.option(
+        "--address",
+        envvar="RAY_ADDRESS",
+        help="--engine ray: the cluster's HOST:PORT, or auto (default: $RAY_ADDRESS, or this machine alone).",
+    ),
+)
+
+
+@contextmanager
+def engine(given: Mapping[str, Any], progress: Progress) -> Iterator[Engine | None]:
+    """What ``--engine`` asks for, as long as the block runs; None for this process."""
+    from mopeq_edge.errors import ClusterError
+
+    if given["engine_name"] == "local":
+        # $RAY_ADDRESS is no request
+        source = click.get_current_context().get_parameter_source("address")
+        if source is ParameterSource.COMMANDLINE:
+            raise ClusterError(
+                f"--address {given['address']}: belongs to --engine ray; add it, or leave the address out"
+            )
+        yield None
+        return
+    from mopeq_edge.engine.ray import connected
+
+    with connected(given["address"], progress.note) as found:
+        yield found
 
 
 def split_option(command: F) -> F:
@@ -220,15 +262,15 @@ def plan_request(given: Mapping[str, Any]) -> PlanOptions:
     return PlanOptions(paper, every, floors, layout, asked, split_bytes(given), given["pad_experts"])
 
 
-def calibration_text(model: Path, text: Path | None, imatrix: Path | None) -> Path | None:
+def calibration_text(model: Path | ModelURL, text: Path | None, imatrix: Path | None) -> Path | None:
     """The text to calibrate on: the given one, the one beside the checkpoint, or None for an imatrix."""
-    if text is not None or imatrix is not None:
+    if text is not None or imatrix is not None or not isinstance(model, Path):
         return text
     beside = (model if model.is_dir() else model.parent) / CALIBRATION_NAME
     return beside if beside.is_file() else None
 
 
-def check_before_script(model: Path, given: Mapping[str, Any], *texts: Path | None) -> None:
+def check_before_script(model: Path | ModelURL, given: Mapping[str, Any], *texts: Path | None) -> None:
     """Raise for what could not be calibrated once llama.cpp's script has made a GGUF of ``model``.
 
     The first of ``texts`` is that to calibrate on.
@@ -271,9 +313,12 @@ def calibration_request(
     return CalibrationRequest(words, name, window, chunks, wanted and imatrix is None, seed, imatrix, traces)
 
 
-def work_directory(work_dir: Path | None, model: Path) -> Path:
+def work_directory(work_dir: Path | None, model: Path | ModelURL) -> Path:
     """The given directory, or ``MODEL.mopeq`` in the current one: a model's own folder may be read-only."""
-    return work_dir if work_dir is not None else Path(f"{model.resolve().name.removesuffix('.gguf')}.mopeq")
+    if work_dir is not None:
+        return work_dir
+    name = model.resolve().name if isinstance(model, Path) else model.name
+    return Path(f"{name.removesuffix('.gguf')}.mopeq")
 
 
 def work_directory_of_output(work_dir: Path | None, out: Path) -> Path:

@@ -9,18 +9,26 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mopeq_edge.cli import options
-from mopeq_edge.cli.console import FILE, json_option, threads_option
+from mopeq_edge.cli.console import FILE, MODEL, json_option, threads_option
 
 if TYPE_CHECKING:
+    from mopeq_edge.engine.interface import Engine
     from mopeq_edge.pipeline import Context
     from mopeq_edge.pipeline_calibrate import Calibrated
     from mopeq_edge.pipeline_context import BeforeScript
     from mopeq_edge.pipeline_fits import Fit
     from mopeq_edge.plan.artifact import Plan
     from mopeq_edge.plan.forecast import Forecast
+    from mopeq_edge.source.remote import ModelURL
 
 
-def _context(model: Path, given: dict[str, Any], progress: Any, before_script: BeforeScript | None = None) -> Context:
+def _context(
+    model: Path | ModelURL,
+    given: dict[str, Any],
+    progress: Any,
+    before_script: BeforeScript | None = None,
+    engine: Engine | None = None,
+) -> Context:
     from mopeq_edge.pipeline import open_context
 
     work = options.work_directory(given["work_dir"], model)
@@ -32,6 +40,7 @@ def _context(model: Path, given: dict[str, Any], progress: Any, before_script: B
         threads=given["threads"],
         progress=progress,
         before_script=before_script,
+        engine=engine,
     )
 
 
@@ -42,13 +51,13 @@ def _finished_calibration(context: Context) -> Calibrated:
 
 
 @click.command()
-@click.argument("model", type=FILE)
+@click.argument("model", type=MODEL)
 @options.calibration_options
 @options.work_option
 @options.source_options
 @threads_option
 @json_option
-def calibrate(model: Path, **given: Any) -> None:
+def calibrate(model: Path | ModelURL, **given: Any) -> None:
     """Run text through MODEL and keep its statistics in the work directory.
 
     Leaves imatrix.gguf, with --fisher gradient.gguf (both serve llama-quantize too), and the routing; with
@@ -95,14 +104,15 @@ def calibrate(model: Path, **given: Any) -> None:
 
 
 @click.command()
-@click.argument("model", type=FILE)
+@click.argument("model", type=MODEL)
 @click.option("--types", default="default", show_default=True, help="Candidate types: default, k, all, or a list.")
 @options.measure_options
+@options.engine_options
 @options.work_option
 @options.source_options
 @threads_option
 @json_option
-def sensitivity(model: Path, **given: Any) -> None:
+def sensitivity(model: Path | ModelURL, **given: Any) -> None:
     """Quantize every expert of MODEL to every candidate type and price the error by every score.
 
     \b
@@ -115,8 +125,12 @@ def sensitivity(model: Path, **given: Any) -> None:
     from mopeq_edge.plan.candidates import parse_types
     from mopeq_edge.sensitivity.scores import UNITS
 
-    with console_progress() as progress, alone(options.work_directory(given["work_dir"], model)):
-        context = _context(model, given, progress)
+    with (
+        console_progress() as progress,
+        alone(options.work_directory(given["work_dir"], model)),
+        options.engine(given, progress) as engine,
+    ):
+        context = _context(model, given, progress, engine=engine)
         calibrated = _finished_calibration(context)
         kind = given["quantize_with"]
         if kind == "auto":
@@ -133,7 +147,7 @@ def sensitivity(model: Path, **given: Any) -> None:
 
 
 @click.command()
-@click.argument("model", type=FILE)
+@click.argument("model", type=MODEL)
 @options.budget_options
 @options.plan_options
 @options.split_option
@@ -143,7 +157,7 @@ def sensitivity(model: Path, **given: Any) -> None:
 @options.source_options
 @threads_option
 @json_option
-def plan(model: Path, **given: Any) -> None:
+def plan(model: Path | ModelURL, **given: Any) -> None:
     """Choose a type for every tensor of MODEL under a byte budget; needs a finished sensitivity.
 
     --planner mopeq is the paper's (arXiv 2509.02512): precisions by the experts' scores alone. Without a
@@ -231,7 +245,7 @@ def planner_row(made: Plan) -> tuple[str, str]:
 
 
 @click.command()
-@click.argument("model", type=FILE)
+@click.argument("model", type=MODEL)
 @click.argument("out", type=FILE)
 @click.option("--plan", "plan_file", type=FILE, help="Plan to write (default: plan.json in the work directory).")
 @click.option(
@@ -239,11 +253,12 @@ def planner_row(made: Plan) -> tuple[str, str]:
 )
 @options.split_option
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@options.engine_options
 @options.work_option
 @options.source_options
 @threads_option
 @json_option
-def emit(model: Path, out: Path, **given: Any) -> None:
+def emit(model: Path | ModelURL, out: Path, **given: Any) -> None:
     """Write the GGUF of a plan for MODEL and read it back.
 
     \b
@@ -257,8 +272,12 @@ def emit(model: Path, out: Path, **given: Any) -> None:
     from mopeq_edge.plan.artifact import read_plan
     from mopeq_edge.split import check_parts
 
-    with console_progress() as progress, alone(options.work_directory(given["work_dir"], model), out):
-        context = _context(model, given, progress)
+    with (
+        console_progress() as progress,
+        alone(options.work_directory(given["work_dir"], model), out),
+        options.engine(given, progress) as engine,
+    ):
+        context = _context(model, given, progress, engine=engine)
         split = options.split_bytes(given)
         (check_output if split is None else check_parts)(out, context.inputs, force=given["force"])
         made = read_plan(given["plan_file"] or context.work.file("plan.json"))

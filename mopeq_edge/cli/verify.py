@@ -1,4 +1,4 @@
-"""``mopeq-edge verify``: whether a GGUF is, byte for byte, what was written."""
+"""``mopeq-edge verify``: whether a GGUF, and what sees pictures for it, is, byte for byte, what was written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def verify(file: Path, as_json: bool) -> None:
     """Read every byte of the GGUF FILE and compare it with the hashes that mopeq-edge wrote into it.
 
     Finds every changed byte of tensors, header and padding, and names the tensors. Of a split GGUF give the first
-    file. Exit code 0: as written; 1: damaged, or changed by another tool; 3: the file carries no hashes.
+    file. A vision file beside it (out.vision.onnx and its weights) is verified too; give it as FILE for itself alone.
+    Exit code 0: as written; 1: damaged, or changed by another tool; 3: a file carries no hashes.
 
     \b
     Example:
@@ -36,11 +37,6 @@ def verify(file: Path, as_json: bool) -> None:
         found = verify_file(file, progress)
     if as_json:
         print_json(found.as_dict())
-    if not found.has_hashes:
-        click.echo(
-            f"{file}: carries no hashes, so there is nothing to verify with; mopeq-edge emit writes them", err=True
-        )
-        sys.exit(NO_HASHES)
     if found.damaged:
         many = len(found.files) > 1
         places = [f"{what} of {Path(part).name}" if many else what for part, what in found.damaged]
@@ -49,6 +45,13 @@ def verify(file: Path, as_json: bool) -> None:
             f"{file}: not as written: {', '.join(places[:_SHOWN])}{more}; copy or download it again, or write it anew "
             "(a tool that changed the file leaves the old hashes in it)"
         )
+    if not found.has_hashes:
+        click.echo(
+            f"{found.without_hashes[0]}: carries no hashes, so there is nothing to verify with; mopeq-edge writes "
+            "them (emit, convert)",
+            err=True,
+        )
+        sys.exit(NO_HASHES)
     if not as_json:
         tensors, files = plural(found.n_tensors, "tensor"), plural(len(found.files), "file")
         click.echo(f"{file}: as written: {tensors}, {found.n_bytes:,} bytes in {files}")

@@ -7,6 +7,7 @@ row with the library in use. Source of the numbers: ``ggml_type``, ``ggml_blck_s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from mopeq_edge.errors import FormatError
@@ -47,6 +48,14 @@ class GgmlType:
     def nbytes(self, n_weights: int) -> int:
         """Bytes of ``n_weights`` weights; the rows must be whole blocks."""
         return n_weights // self.block_size * self.type_size
+
+    def __reduce__(self) -> tuple[Callable[[str], GgmlType], tuple[str]]:
+        """Pickled by name: types are compared by identity, in another process too."""
+        return _by_name, (self.name,)
+
+
+def _by_name(name: str) -> GgmlType:
+    return BY_NAME[name]
 
 
 _TABLE = (

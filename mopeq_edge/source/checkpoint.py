@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from mopeq_edge.errors import FormatError, SourceError, printable, shown
 from mopeq_edge.json_file import load_json
 from mopeq_edge.source.quantized import Packing, as_weights, packings
+from mopeq_edge.source.remote import RemoteDirectory, RemoteFile
 from mopeq_edge.source.safetensors_file import SafetensorsFile
 from mopeq_edge.source.shard import Entry, Shard
 
@@ -29,19 +31,25 @@ MAX_SHARDS = 2**14
 """Different files that an index may name; the largest checkpoints in use have hundreds."""
 MAX_FILE_NAME = 255
 
+SHARDS_AT_ONCE = 16
+"""Headers of shards at a URL that are read at the same time."""
+
 
 class Checkpoint:
     """Tensors by their name in the checkpoint; only headers are kept in memory.
 
     Names come shard by shard (sorted), and sorted within a shard: the order in which llama.cpp's converter
     writes them. What ``config`` (config.json) says is quantized is one tensor, under the name of the codes and with the
-    weights' shape; its scales are not named. Raises :class:`SourceError` for what is missing or not supported,
+    weights' shape; its scales are not named. With ``remote`` the weights, safetensors, are there, and ``directory`` has
+    the small files beside them. Raises :class:`SourceError` for what is missing or not supported,
     :class:`FormatError` for what is damaged.
     """
 
-    def __init__(self, directory: Path, config: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, directory: Path, config: Mapping[str, Any] | None = None, remote: RemoteDirectory | None = None
+    ) -> None:
         self.directory = directory
-        shards, self.files = _open_shards(directory)
+        shards, self.files = _open_shards(directory) if remote is None else _open_remote_shards(directory, remote)
         self._shard_of = {name: shard for shard in shards for name in shard.entries}
         entries = {name: shard.entries[name] for name, shard in self._shard_of.items()}
         try:
@@ -50,6 +58,12 @@ class Checkpoint:
             raise type(error)(f"{directory}: {error}") from None
         hidden = {part for packing in self._packed.values() for part in packing.parts}
         self.names = tuple(name for name in self._shard_of if name not in hidden)
+
+    @property
+    def remote_files(self) -> tuple[RemoteFile, ...]:
+        """The shards that are not in the directory."""
+        paths = dict.fromkeys(shard.path for shard in self._shard_of.values())
+        return tuple(path for path in paths if isinstance(path, RemoteFile))
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -143,22 +157,12 @@ def _open_shards(directory: Path) -> tuple[list[Shard], tuple[Path, ...]]:
     for index_name, single, open_shard in _FORMATS:
         index = directory / index_name
         if index.is_file():
-            placement = _read_index(index)
-            names = sorted(set(placement.values()))
-            if len(names) > MAX_SHARDS:
-                raise FormatError(
-                    f"{index}: names {len(names)} files, expected at most {MAX_SHARDS}; download it again"
-                )
+            placement, names = _read_index(index)
             missing = [name for name in names if not (directory / name).is_file()]
-            if missing:
-                more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-                raise SourceError(
-                    f"{directory}: shard '{missing[0]}'{more} is missing, {index_name} names {len(names)} shards; "
-                    "download it"
-                )
+            _require_all(str(directory), missing, index_name, names)
             shards = [open_shard(directory / name) for name in names]
             _check_index(index, placement, shards)
-            return shards, (index, *(shard.path for shard in shards))
+            return shards, (index, *(directory / name for name in names))
         if (directory / single).is_file():
             return [open_shard(directory / single)], (directory / single,)
     others = sorted(p.name for p in directory.glob("*") if p.suffix in (".safetensors", ".bin", ".pt", ".pth"))
@@ -168,7 +172,37 @@ def _open_shards(directory: Path) -> tuple[list[Shard], tuple[Path, ...]]:
     )
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def _open_remote_shards(directory: Path, remote: RemoteDirectory) -> tuple[list[Shard], tuple[Path, ...]]:
+    """The shards in ``remote``, many at once: each takes requests of its own. The index is in ``directory``."""
+    index = directory / INDEX
+    if index.is_file():
+        placement, names = _read_index(index)
+        _require_all(remote.url, [name for name in names if not remote.has(name)], INDEX, names)
+    elif remote.has(SINGLE):
+        placement, names = {}, [SINGLE]
+    else:
+        found = ", ".join([name for name in remote.names if name.endswith((".safetensors", ".bin"))][:3])
+        raise SourceError(
+            f"{remote.url}: expected {SINGLE} or {INDEX}, found {found or 'no weights'}; files of torch's own are read "
+            "from a directory alone"
+        )
+    with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
+        shards: list[Shard] = list(pool.map(lambda name: SafetensorsFile(remote.file(name)), names))
+    if placement:
+        _check_index(index, placement, shards)
+    return shards, (index,) if placement else ()
+
+
+def _require_all(where: str, missing: list[str], index_name: str, names: list[str]) -> None:
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise SourceError(
+            f"{where}: shard '{missing[0]}'{more} is missing, {index_name} names {len(names)} shards; download it"
+        )
+
+
+def _read_index(path: Path) -> tuple[dict[str, str], list[str]]:
+    """The file of each tensor, and all files."""
     placement = read_json_object(path).get("weight_map")
     if not isinstance(placement, dict) or not placement:
         raise FormatError(f"{path}: has no weight_map; download it again")
@@ -178,7 +212,10 @@ def _read_index(path: Path) -> dict[str, str]:
                 f"{path}: tensor '{printable(tensor, 200)}' is said to be in {shown(shard)}, "
                 "expected the plain name of a file beside it; download it again"
             )
-    return placement
+    names = sorted(set(placement.values()))
+    if len(names) > MAX_SHARDS:
+        raise FormatError(f"{path}: names {len(names)} files, expected at most {MAX_SHARDS}; download it again")
+    return placement, names
 
 
 def _is_file_name(name: object) -> bool:

@@ -19,6 +19,7 @@ from mopeq_edge.source.checkpoint import CONFIG, Checkpoint, read_config
 from mopeq_edge.source.converter import Converter, Converters, Part, Recipe, architecture_name, find_converter
 from mopeq_edge.source.model import Bytes, Floats, SourceTensor, mark_mtp, require_finite
 from mopeq_edge.source.quantized import as_weights
+from mopeq_edge.source.remote import RemoteDirectory
 from mopeq_edge.source.shard import WEIGHT_DTYPES
 from mopeq_edge.source.tied import without_copies
 
@@ -40,19 +41,21 @@ BESIDE_WEIGHTS = (
 
 
 class HuggingFaceSource:
-    """One checkpoint directory and the converter of its family.
+    """One checkpoint directory and the converter of its family; ``remote`` has the weights if the directory has not.
 
     Raises :class:`SourceError` or :class:`FormatError` for whatever is missing, damaged or not supported.
     """
 
     kind = "huggingface"
 
-    def __init__(self, directory: Path, converter: Converter, pre: str | None = None) -> None:
+    def __init__(
+        self, directory: Path, converter: Converter, pre: str | None = None, remote: RemoteDirectory | None = None
+    ) -> None:
         self.path = directory
         self.architecture = converter.architecture
         self.skeleton = converter.skeleton
         self.config: Mapping[str, Any] = read_config(directory)
-        self.checkpoint = Checkpoint(directory, self.config)
+        self.checkpoint = Checkpoint(directory, self.config, remote)
         try:
             recipes = converter.recipes(self.config, self.checkpoint.shapes)
         except SourceError as error:
@@ -206,12 +209,18 @@ def interleaved_halves(n_rows: int, heads: int) -> npt.NDArray[np.int64]:
 
 
 def open_huggingface(
-    directory: Path, converters: Converters, pre: str | None = None, *, keep_mtp: bool = False
+    directory: Path,
+    converters: Converters,
+    pre: str | None = None,
+    *,
+    keep_mtp: bool = False,
+    remote: RemoteDirectory | None = None,
 ) -> HuggingFaceSource:
     """Open a checkpoint with the converter for the architecture in its ``config.json``.
 
-    ``pre`` overrides the name of the pre-tokenizer; ``keep_mtp`` keeps blocks that predict further tokens. Raises
-    :class:`SourceError` for an architecture that is not in ``converters``, or has no such blocks.
+    ``pre`` overrides the name of the pre-tokenizer; ``keep_mtp`` keeps blocks that predict further tokens; ``remote``
+    has the weights where the directory has not. Raises :class:`SourceError` for an architecture that is not in
+    ``converters``, or has no such blocks.
     """
     name, converter = _chosen(directory, converters)
     if converter is None:
@@ -225,7 +234,7 @@ def open_huggingface(
                 f"{directory}: llama.cpp has no blocks that predict further tokens for {name}; leave out --keep-mtp"
             )
         converter = converter.with_mtp
-    return HuggingFaceSource(directory, converter, pre)
+    return HuggingFaceSource(directory, converter, pre, remote)
 
 
 def unknown_architecture(directory: Path, converters: Converters) -> str | None:

@@ -5,14 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from mopeq_edge.artifacts import digest
 from mopeq_edge.errors import SourceError
+from mopeq_edge.source.checkpoint import INDEX
 from mopeq_edge.source.converter import Converters
+from mopeq_edge.source.digests import Digests
 from mopeq_edge.source.gguf import GGUFSource
-from mopeq_edge.source.huggingface import open_huggingface, unknown_architecture
+from mopeq_edge.source.huggingface import BESIDE_WEIGHTS, HuggingFaceSource, open_huggingface, unknown_architecture
 from mopeq_edge.source.model import Source, moe_shape
+from mopeq_edge.source.remote import ModelURL, RemoteDirectory
 
 ToGGUF = Callable[[Path, str], Path]
 """Makes the GGUF of a checkpoint directory with an architecture that no converter knows."""
+
+
+def open_remote(
+    model: ModelURL, folder: Path, converters: Converters, pre: str | None = None, *, keep_mtp: bool = False
+) -> tuple[HuggingFaceSource, str]:
+    """Open the checkpoint directory at a URL, and say what names its content; ``folder`` gets its small files.
+
+    The hash is that of the small files, and of size and version of the others as their storage has them: reading
+    terabytes through a network to hash them would take longer than the work.
+    """
+    remote = RemoteDirectory(model.url)
+    remote.copy_to(folder, (*BESIDE_WEIGHTS, INDEX))
+    source = open_huggingface(folder, converters, pre, keep_mtp=keep_mtp, remote=remote)
+    moe_shape(source)
+    weights = [(file.name, file.size, file.version) for file in source.checkpoint.remote_files]
+    return source, digest(["remote 1", Digests().of_source(source), weights])
 
 
 def open_source(

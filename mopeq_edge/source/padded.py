@@ -96,7 +96,10 @@ class ExpertPadding:
 
     def kvs(self, kvs: Mapping[str, KV]) -> dict[str, KV]:
         """``kvs`` with the padded width, in the same bytes."""
-        return {name: replace(kv, value=self.padded) if name == self.key else kv for name, kv in kvs.items()}
+        return {
+            name: KV(kv.type, self.padded) if name == self.key and kv.sub_type is None else kv
+            for name, kv in kvs.items()
+        }
 
     def imatrix(self, imatrix: Imatrix | None, tensors: Mapping[str, SourceTensor]) -> Imatrix | None:
         """``imatrix`` for the padded rows of ``tensors`` (the unpadded, by name): what is never used weighs nothing."""

@@ -7,17 +7,18 @@ say which tensor of a broken file is wrong. Format: 8 bytes of length, a JSON he
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any, NoReturn
 
 from mopeq_edge.errors import FormatError, shown
 from mopeq_edge.json_file import is_count, parse_json
-from mopeq_edge.regular_file import regular_size
-from mopeq_edge.source.file_bytes import read_bytes
+from mopeq_edge.source.file_bytes import File, file_size, read_bytes
 from mopeq_edge.source.shard import DTYPE_BITS, Entry, Shard
 
 MAX_HEADER = 100_000_000
 """Longest header that the safetensors library accepts, in bytes."""
+
+MAX_TENSORS = 2**16
+"""Of a file: the largest released mixtures have 140,000, in dozens of files."""
 
 MAX_AXES = 16
 """Of a tensor, so that the product of their sizes is quickly known."""
@@ -29,13 +30,13 @@ class SafetensorsFile(Shard):
     Raises :class:`FormatError` if the file is damaged.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: File) -> None:
         super().__init__(path, _read_entries(path))
 
 
-def _read_entries(path: Path) -> dict[str, Entry]:
+def _read_entries(path: File) -> dict[str, Entry]:
     try:
-        size = regular_size(path)
+        size = file_size(path)
     except OSError as error:
         raise FormatError(f"{path}: cannot be read ({error.strerror}); expected a safetensors file") from None
     if size < 8:
@@ -48,12 +49,17 @@ def _read_entries(path: Path) -> dict[str, Entry]:
             f"{path}: truncated safetensors: the header needs {8 + length} bytes, file has {size}; download it again"
         )
     header = _parse_header(path, read_bytes(path, 8, length).tobytes())
+    if len(header) > MAX_TENSORS + 1:
+        raise FormatError(
+            f"{path}: safetensors with {len(header)} tensors, expected at most {MAX_TENSORS}; save the model in "
+            "several files"
+        )
     entries = [_entry(path, name, info, 8 + length) for name, info in header.items() if name != "__metadata__"]
     _check_extents(path, entries, 8 + length, size)
     return {entry.name: entry for entry in sorted(entries, key=lambda entry: entry.name)}
 
 
-def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
+def _parse_header(path: File, raw: bytes) -> dict[str, Any]:
     try:
         header = parse_json(raw)
     except ValueError as error:
@@ -63,7 +69,7 @@ def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
     return header
 
 
-def _entry(path: Path, name: str, info: Any, data_start: int) -> Entry:
+def _entry(path: File, name: str, info: Any, data_start: int) -> Entry:
     def broken(problem: str) -> NoReturn:
         raise FormatError(f"{path}: broken safetensors header: tensor '{name}': {problem}; download it again")
 
@@ -83,7 +89,7 @@ def _entry(path: Path, name: str, info: Any, data_start: int) -> Entry:
     return Entry(name, dtype, tuple(shape), data_start + begin, end - begin)
 
 
-def _check_extents(path: Path, entries: list[Entry], data_start: int, size: int) -> None:
+def _check_extents(path: File, entries: list[Entry], data_start: int, size: int) -> None:
     """The data follows the header without holes or overlaps and ends with the file."""
     at = data_start
     # A tensor without elements shares its offset with the next one and must come before it

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from mopeq_edge.errors import FormatError
 from mopeq_edge.ggml.library import bf16_to_f32
-from mopeq_edge.source.file_bytes import read_bytes
+from mopeq_edge.source.file_bytes import File, read_bytes
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -53,7 +52,7 @@ class Entry:
 class Shard:
     """The tensors of one file by name, in the order in which they are written."""
 
-    def __init__(self, path: Path, entries: dict[str, Entry]) -> None:
+    def __init__(self, path: File, entries: dict[str, Entry]) -> None:
         self.path = path
         self.entries = entries
 

@@ -7,7 +7,7 @@ it; the choice itself is compared layer by layer.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -68,6 +68,28 @@ class _Layer:
     weights: float
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """How often llama.cpp's router of one layer chose the reference's experts, of ``tokens``.
+
+    Of the others ``ties`` are choices that rounding can turn and ``wrong`` are not. ``noise``: RMS difference of the
+    router's logits over their spread.
+    """
+
+    layer: int
+    tokens: int
+    ties: int
+    wrong: int
+    noise: float
+
+    @property
+    def same(self) -> int:
+        return self.tokens - self.ties - self.wrong
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "same": self.same}
+
+
 def check_logits(run: LlamaRun, reference: Reference, tokens: Tokens, tolerance: Tolerance) -> Check:
     """The mean KLD of llama.cpp's next token from the reference's."""
     looked_at = f"{plural(len(tokens), 'token')}, llama.cpp against ONNX"
@@ -82,11 +104,7 @@ def check_steps(run: LlamaRun, tokens: Tokens, tolerance: Tolerance) -> Check:
 
 def check_routing(run: LlamaRun, reference: Reference, tolerance: Tolerance) -> list[Check]:
     """A line for every layer in which llama.cpp chose experts that no tie explains, or weighed them otherwise."""
-    layers = {
-        layer: _layer(run.routed[layer], routed, tolerance)
-        for layer, routed in reference.routed.items()
-        if layer in run.routed
-    }
+    layers = _layers(run, reference, tolerance)
     checks = [
         Check(
             ROUTING, f"layer {layer}", None, None, False, f"layer {layer}: llama.cpp has no router there", Names.TENSOR
@@ -116,6 +134,22 @@ def check_routing(run: LlamaRun, reference: Reference, tolerance: Tolerance) -> 
     message = f"the same experts in {total - ties} of {total} choices, the others are ties; logits of a layer off by "
     message += f"{noise:.1e} of their spread at most"
     return checks or [Check(ROUTING, plural(len(layers), "layer"), share, None, True, message)]
+
+
+def agreement(run: LlamaRun, reference: Reference, tolerance: Tolerance) -> tuple[Agreement, ...]:
+    """Of every layer that both have a router in."""
+    return tuple(
+        Agreement(layer, len(run.logits), found.ties, len(found.wrong), found.noise)
+        for layer, found in sorted(_layers(run, reference, tolerance).items())
+    )
+
+
+def _layers(run: LlamaRun, reference: Reference, tolerance: Tolerance) -> dict[int, _Layer]:
+    return {
+        layer: _layer(run.routed[layer], routed, tolerance)
+        for layer, routed in reference.routed.items()
+        if layer in run.routed
+    }
 
 
 def _compared(name: str, looked_at: str, base: Floats, other: Floats, tokens: Tokens, tolerance: Tolerance) -> Check:

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from mopeq_edge.binding import UBATCH, LlamaModel
 from mopeq_edge.errors import PlanError
-from mopeq_edge.split import whole_name
-from mopeq_edge.vision.description import ENDING
 from mopeq_edge.vision.image_file import open_image
 from mopeq_edge.vision.prompt import lay_out
 from mopeq_edge.vision.sample import Sampling, chooser
@@ -33,11 +31,6 @@ class Question:
     sampling: Sampling = GREEDY
     threads: int = 1
     n_gpu_layers: int = 0
-
-
-def vision_beside(gguf: Path) -> Path:
-    """Where ``convert`` puts the vision file of ``gguf``; of a split one the name before it was split."""
-    return gguf.with_name(whole_name(gguf).removesuffix(".gguf") + ENDING)
 
 
 def see(question: Question) -> tuple[Tower, list[Floats]]:

@@ -6,15 +6,28 @@ The key is :data:`KEY`; docs/vision.md describes every field. Version :data:`VER
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from mopeq_edge.errors import FormatError
+from mopeq_edge.errors import FormatError, shown
+from mopeq_edge.json_file import is_count, is_number, parse_json
+from mopeq_edge.split import whole_name
 
 KEY, FORMAT, VERSION = "mopeq.vision", "mopeq-edge vision", 1
-ENDING = ".vision.onnx"
+ENDING, WEIGHTS_ENDING = ".vision.onnx", ".data"
+
+STAMP = 64
+"""Bytes at the end of the file with the weights that say what it was made from."""
+
+MAX_SIDE, MAX_WIDTH = 2**12, 2**16
+"""Pixels of a tile's side, numbers of an embedding."""
+MAX_TILES, MAX_PIXELS = 64, 2**24
+"""Tiles of a picture, the whole among them, and pixels of all of them: released models have 13 and 1.5 million."""
+MAX_CANDIDATES = 2**10
+MAX_TEXT = 2**16
+"""Characters of a prompt's part."""
 TILES, CROPS = "tiles", "crops"
 TYPES = ("F32", "F16", "INT8")
 
@@ -90,6 +103,16 @@ class Description:
         return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, sort_keys=True)
 
 
+def vision_beside(gguf: Path) -> Path:
+    """Where ``convert`` puts the vision file of ``gguf``; of a split one the name before it was split."""
+    return gguf.with_name(whole_name(gguf).removesuffix(".gguf") + ENDING)
+
+
+def weights_file(path: Path) -> Path:
+    """The file with the weights of the graph ``path``; the graph knows it by this name."""
+    return path.with_name(path.name + WEIGHTS_ENDING)
+
+
 def read_description(text: str | None, where: str) -> Description:
     """The description in ``text``. Raises :class:`FormatError`, which names ``where`` it was found."""
     if text is None:
@@ -97,14 +120,14 @@ def read_description(text: str | None, where: str) -> Description:
             f"{where}: has no '{KEY}' in its metadata; expected a vision file that mopeq-edge convert wrote"
         )
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        raise FormatError(f"{where}: '{KEY}' is not JSON; convert the checkpoint again") from None
+        found = parse_json(text.encode("utf-8", "surrogatepass"))
+    except ValueError as error:
+        raise FormatError(f"{where}: '{KEY}' is not JSON ({error}); convert the checkpoint again") from None
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise FormatError(f"{where}: '{KEY}' is no '{FORMAT}'; convert the checkpoint again")
     if found.get("version") != VERSION:
         raise FormatError(
-            f"{where}: '{KEY}' has version {found.get('version')!r}, expected {VERSION}; use the mopeq-edge that "
+            f"{where}: '{KEY}' has version {shown(found.get('version'))}, expected {VERSION}; use the mopeq-edge that "
             "wrote it"
         )
     read = _Reader(found, where)
@@ -113,22 +136,23 @@ def read_description(text: str | None, where: str) -> Description:
     described: Tiles | Crops
     if kind == TILES:
         described = Tiles(
-            side=layout.get("side", _is_size),
-            rows=layout.get("rows", _is_size),
+            side=layout.get("side", _is_side),
+            rows=layout.get("rows", _is_side),
             candidates=layout.pairs("candidates"),
-            most_tiled=layout.get("most_tiled", _is_count),
+            most_tiled=layout.get("most_tiled", is_count),
             whole_first=layout.get("whole_first", lambda x: isinstance(x, bool)),
             mean=layout.colour("mean"),
             std=layout.colour("std"),
         )
         if any(size % described.side for pair in described.candidates for size in pair):
             raise layout.wrong("candidates")
+        n_tiles = 1 + max(width * height for width, height in described.candidates) // described.side**2
     else:
-        margins = layout.get("margins", lambda x: _is_list(x, _is_count, 2))
+        margins = layout.get("margins", lambda x: _is_list(x, is_count, 2))
         described = Crops(
-            side=layout.get("side", _is_size),
-            patch=layout.get("patch", _is_size),
-            most=layout.get("most", _is_size),
+            side=layout.get("side", _is_side),
+            patch=layout.get("patch", _is_side),
+            most=layout.get("most", lambda x: is_count(x, MAX_TILES) and x > 0),
             margins=(margins[0], margins[1]),
             mean=layout.colour("mean"),
             std=layout.colour("std"),
@@ -137,15 +161,21 @@ def read_description(text: str | None, where: str) -> Description:
         # four patches are one token
         if n_side <= sum(described.margins) or left % 2 or n_side % 2:
             raise layout.wrong("margins")
+        n_tiles = 1 + described.most
+    if n_tiles > MAX_TILES or n_tiles * described.side**2 > MAX_PIXELS:
+        raise FormatError(
+            f"{where}: '{KEY}' makes {n_tiles} pictures of {described.side} × {described.side} pixels of one, at most "
+            f"{MAX_TILES} with {MAX_PIXELS} together are made; convert the checkpoint again"
+        )
     return Description(
         kind=kind,
-        n_embd=read.get("n_embd", _is_size),
+        n_embd=read.get("n_embd", lambda x: is_count(x, MAX_WIDTH) and x > 0),
         layout=described,
         prompt=Prompt(*(prompt.get(name, _is_text) for name in ("before", "after", "mark", "own"))),
         weights_type=read.get("weights_type", lambda x: x in TYPES),
-        weights_bytes=read.get("weights_bytes", _is_size),
-        relative_error=read.get("relative_error", _is_number),
-        made_from=read.get("made_from", _is_text),
+        weights_bytes=read.get("weights_bytes", lambda x: is_count(x) and x >= STAMP),
+        relative_error=read.get("relative_error", lambda x: is_number(x) and 0 <= x <= 1e9),
+        made_from=read.get("made_from", lambda x: isinstance(x, str) and len(x) == STAMP and set(x) <= _HEX),
     )
 
 
@@ -169,29 +199,40 @@ class _Reader:
         return _Reader(self.get(key, lambda x: isinstance(x, dict)), self._where, f"{key}.")
 
     def colour(self, key: str) -> Colour:
-        # what pixels are divided by must not be 0
-        values = self.get(key, lambda x: _is_list(x, _is_number, 3) and (key == "mean" or all(x)))
+        # what pixels are divided by must not be near 0
+        values = self.get(key, lambda x: _is_list(x, _is_colour, 3) and (key == "mean" or all(map(_divides, x))))
         return (float(values[0]), float(values[1]), float(values[2]))
 
     def pairs(self, key: str) -> tuple[tuple[int, int], ...]:
-        values = self.get(key, lambda x: isinstance(x, list) and bool(x) and all(_is_list(y, _is_size, 2) for y in x))
+        values = self.get(
+            key,
+            lambda x: isinstance(x, list) and 0 < len(x) <= MAX_CANDIDATES and all(_is_list(y, _is_size, 2) for y in x),
+        )
         return tuple((width, height) for width, height in values)
 
 
+_HEX = frozenset("0123456789abcdef")
+
+
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+    # what is no character cannot be given to a tokenizer
+    return isinstance(value, str) and len(value) <= MAX_TEXT and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _is_side(value: Any) -> bool:
+    return is_count(value, MAX_SIDE) and value > 0
 
 
 def _is_size(value: Any) -> bool:
-    return _is_count(value) and 0 < value < 2**48
+    return is_count(value, MAX_SIDE * MAX_TILES) and value > 0
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _is_colour(value: Any) -> bool:
+    return is_number(value) and abs(value) <= 1e3
+
+
+def _divides(value: float) -> bool:
+    return abs(value) >= 1e-3
 
 
 def _is_list(value: Any, each: Callable[[Any], bool], length: int) -> bool:

@@ -10,19 +10,19 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from mopeq_edge.errors import FormatError
-from mopeq_edge.vision.description import KEY, Description, read_description
+from mopeq_edge.errors import FormatError, shown
+from mopeq_edge.vision.description import (
+    KEY,
+    STAMP,
+    Crops,
+    Description,
+    Tiles,
+    read_description,
+    weights_file,
+)
+from mopeq_edge.vision.graph_file import read_graph
 
 Floats = npt.NDArray[np.float32]
-
-WEIGHTS_ENDING = ".data"
-STAMP = 64
-"""Bytes at the end of the file with the weights that say what it was made from."""
-
-
-def weights_file(path: Path) -> Path:
-    """The file with the weights of the graph ``path``; the graph knows it by this name."""
-    return path.with_name(path.name + WEIGHTS_ENDING)
 
 
 class VisionSession:
@@ -35,6 +35,7 @@ class VisionSession:
             raise FormatError(f"{path}: does not exist; expected the vision file that mopeq-edge convert wrote")
         if not weights_file(path).is_file():
             raise _alone(path)
+        metadata = read_graph(path).metadata
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -54,19 +55,45 @@ class VisionSession:
             reason = " ".join(str(error).split())[:200]
             raise FormatError(f"{path}: onnxruntime cannot load it: {reason}; convert the checkpoint again") from None
         self.path = path
-        self.metadata: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
-        self.output_names = [output.name for output in self._session.get_outputs()]
+        self.metadata: Mapping[str, str] = metadata
+        self.outputs: Mapping[str, list[int]] = {x.name: list(x.shape) for x in self._session.get_outputs()}
         self.inputs: Mapping[str, list[int]] = {x.name: list(x.shape) for x in self._session.get_inputs()}
 
     def describe(self) -> Description:
-        """What the file says of itself; also whether the weights beside it are its own."""
+        """What the file says of itself; also whether its graph and the weights beside it are what it describes."""
         found = read_description(self.metadata.get(KEY), str(self.path))
         check_weights(self.path, found)
+        for what, has, expected in (("takes", self.inputs, _inputs(found)), ("gives", self.outputs, _outputs(found))):
+            if has != expected:
+                raise FormatError(
+                    f"{self.path}: its graph {what} {shown(has)}, '{KEY}' describes {shown(expected)}; convert the "
+                    "checkpoint again"
+                )
         return found
 
     def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, Floats]:
         """Every output by its name."""
-        return dict(zip(self.output_names, self._session.run(None, dict(feeds)), strict=True))
+        try:
+            found = self._session.run(None, dict(feeds))
+        # onnxruntime's errors have no base of their own
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise FormatError(f"{self.path}: cannot be computed ({reason}); convert the checkpoint again") from None
+        return dict(zip(self.outputs, found, strict=True))
+
+
+def _inputs(described: Description) -> dict[str, list[int]]:
+    layout = described.layout
+    pixels = {"pixels": [1, 3, layout.side, layout.side]}
+    return pixels if isinstance(layout, Tiles) else {**pixels, "mask": [(layout.side // layout.patch) ** 2]}
+
+
+def _outputs(described: Description) -> dict[str, list[int]]:
+    layout, width = described.layout, described.n_embd
+    if isinstance(layout, Crops):
+        # four patches are one token
+        return {"embeddings": [(layout.side // layout.patch // 2) ** 2, width], "picture_tokens": [4, width]}
+    return {"embeddings": [layout.rows**2, width], "image_newline": [width], "view_seperator": [width]}
 
 
 def check_weights(path: Path, description: Description) -> None:

@@ -14,7 +14,8 @@ from click.testing import CliRunner, Result
 from mopeq_edge.cli import cli
 from mopeq_edge.cli.image import wants_images
 from mopeq_edge.errors import MopeqError, OutputError
-from mopeq_edge.vision.answer import Question, answer, vision_beside
+from mopeq_edge.vision.answer import Question, answer
+from mopeq_edge.vision.description import vision_beside
 from mopeq_edge.vision.session import VisionSession
 from tools.vision_language_configs import TINY
 
@@ -37,7 +38,20 @@ class Converted:
 
 def convert(model: Path, out: Path, work: Path, *options: object) -> Result:
     given = ["--work-dir", work, "--text", EXAMPLE_TEXT, "--chunks", 2, "--window", 64, "--threads", 1, "--no-evaluate"]
-    args = ["convert", model, out, "--target-bpw", 9, *given, "--no-fisher", "--types", "Q8_0", "--json", *options]
+    args = [
+        "convert",
+        model,
+        out,
+        "--target-bpw",
+        9,
+        "--no-report",
+        *given,
+        "--no-fisher",
+        "--types",
+        "Q8_0",
+        "--json",
+        *options,
+    ]
     return CliRunner().invoke(cli, [str(arg) for arg in args])
 
 

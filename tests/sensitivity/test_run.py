@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from converters import CONVERTERS
 from mopeq_edge.emit import emit
-from mopeq_edge.ggml.library import load_ggml
+from mopeq_edge.engine.local import LocalEngine
+from mopeq_edge.ggml.library import Ggml, load_ggml
 from mopeq_edge.ggml.types import BF16
 from mopeq_edge.plan.artifact import PER_EXPERT, STOCK
 from mopeq_edge.plan.budget import Budget
@@ -26,6 +27,7 @@ from mopeq_edge.sensitivity.scores import WEIGHT_MSE
 from mopeq_edge.source.gguf import GGUFSource
 from mopeq_edge.source.huggingface import HuggingFaceSource
 from mopeq_edge.source.open import open_source
+from mopeq_edge.source.part import parts_of
 from mopeq_edge.source.roles import Role
 
 from ..builders import build_olmoe
@@ -38,8 +40,8 @@ def test_norms_do_not_depend_on_pieces(
     monkeypatch.setattr(run, "ROWS_AT_ONCE", rows_at_once)
     down = next(t for t in tiny_source.tensors if t.role is Role.EXPERT)
     query = next(t for t in tiny_source.tensors if t.role is Role.ATTENTION)
-    with ThreadPoolExecutor(2) as pool:
-        norms, largest = run._norms(tiny_source, [down, query], pool, SilentProgress())
+    parts = parts_of([down, query], None)
+    norms, largest = run._norms(tiny_source, parts, LocalEngine(2, cast(Ggml, None)), SilentProgress())
     for tensor in (down, query):
         whole = [np.abs(tiny_source.read(tensor, m)).max() for m in range(tensor.n_matrices)]
         np.testing.assert_array_equal(largest[tensor.name], whole)
@@ -58,8 +60,8 @@ def test_types_that_cannot_hold_a_weight_are_not_offered(tmp_path: Path, sample_
     save_file(weights, directory / "model.safetensors")
     source, types = open_source(directory, CONVERTERS, pre="gpt-2"), parse_types("MXFP4,Q4_0,Q5_0,Q8_0,F16")
     table = run.measure_sensitivity(
-        *(source, types, Statistics(), "none", load_ggml()),
-        **{"sample_rows": sample_rows, "threads": 1, "made_from": "", "progress": SilentProgress()},
+        *(source, types, Statistics(), "none", LocalEngine(1, load_ggml())),
+        **{"sample_rows": sample_rows, "made_from": "", "progress": SilentProgress()},
     )
     up = "blk.0.ffn_up_exps.weight"
     assert table.errors[up].types == ("BF16",)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from pathlib import Path
 
 import pytest
 
 from tools.fuzz import mutate as mutations
 from tools.fuzz import seeds, targets
-from tools.fuzz.__main__ import TARGETS
+from tools.fuzz.__main__ import CORPUS, TARGETS
+from tools.fuzz.all_targets import run_all
 from tools.fuzz.seeds import seeds_of
 
 CALLS = 150
@@ -47,6 +50,31 @@ def test_seeds_are_read(tmp_path: Path) -> None:
     assert list(read_table(path("artifacts", "table")).errors) == ["blk.0.ffn_up_exps.weight"]
 
 
+def test_the_corpus_is_what_the_seeds_are_written_as() -> None:
+    """``python -m tools.fuzz.seeds`` writes them again; torch's archives differ from version to version."""
+    assert {folder.name for folder in CORPUS.iterdir()} == set(TARGETS)
+    for name in TARGETS:
+        files = {path.name: path.read_bytes() for path in (CORPUS / name).iterdir()}
+        found = seeds_of(name)
+        assert files.keys() >= found.keys()
+        if name != "torch":
+            assert {key: files[key] for key in found} == found
+    assert sum(path.stat().st_size for path in CORPUS.rglob("*") if path.is_file()) < 300_000
+
+
+def test_all_targets_in_turn_and_what_they_find(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_all(("index", "vision"), 1, tmp_path, 1, blind=True, as_json=True) == 0
+    found = json.loads(capfd.readouterr().out)["targets"]
+    assert [(one["target"], one["found"], one["calls"] > 0) for one in found] == [
+        ("index", [], True),
+        ("vision", [], True),
+    ]
+    assert list(tmp_path.iterdir()) == []
+    # a target that cannot run is no target without findings
+    assert run_all(("nothing",), 1, tmp_path, 1, blind=True) == 1
+    assert re.search(r"\| `nothing` \| \d+ \|  \|  \|  \|  \| 1 \|", capfd.readouterr().out)
+
+
 def test_a_target_tells_a_bad_error() -> None:
     from mopeq_edge.errors import FormatError
 
@@ -68,7 +96,7 @@ def test_a_few_changes_find_nothing(name: str, tmp_path: Path, monkeypatch: pyte
     # the target for config.json keeps a tokenizer in its place
     monkeypatch.setattr(vocabulary, "load_tokenizer", vocabulary.load_tokenizer)
     run = targets.TARGETS[name]()
-    rng, files = random.Random(7), list(seeds_of(name).values())
+    rng, files = random.Random(7), [path.read_bytes() for path in sorted((CORPUS / name).iterdir())]
     for data in files:
         run(data)
     for _ in range(CALLS):

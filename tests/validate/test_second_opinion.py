@@ -10,10 +10,11 @@ import pytest
 
 from converters import CONVERTERS
 from converters.onnx_reference import run_reference
+from converters.onnx_reference.run import ReferenceResult, Routed
 from mopeq_edge.ggml.types import BF16, BY_NAME, F16, F32
 from mopeq_edge.source.open import open_source
 from mopeq_edge.validate.llama_run import LlamaRouted, LlamaRun, run_llama
-from mopeq_edge.validate.second_opinion import check_logits, check_routing, check_steps
+from mopeq_edge.validate.second_opinion import agreement, check_logits, check_routing, check_steps
 from mopeq_edge.validate.tolerance import GAIN, LEAST_KLD, ROUNDING_8_BIT, Tolerance, tolerance_of
 
 from ..builders import build_olmoe, write_gguf
@@ -68,6 +69,21 @@ def test_the_same_computation_passes(model: Path, run: LlamaRun) -> None:
     assert [check.passed for check in checks] == [True] * 3
     assert checks[0].value is not None
     assert checks[0].value < 1e-10
+    assert [(a.layer, a.tokens, a.same) for a in agreement(run, reference, EXACT)] == [(0, 48, 48), (1, 48, 48)]
+
+
+def test_agreement_tells_ties_from_other_choices() -> None:
+    """By hand: of four tokens one has the same experts in another order, one turns in a tie, one beyond it."""
+    logits = np.array([[4, 3, 1, 0], [4, 3, 1, 0], [4, 2, 2, 0], [4, 3, 1, 0]], np.float32)
+    theirs = np.array([[0, 1], [1, 0], [0, 2], [0, 2]], np.int32)
+    ours = np.array([[0, 1], [0, 1], [0, 1], [0, 1]], np.int32)
+    weights = np.full((4, 2), 0.5, np.float32)
+    margins = np.array([2, 2, 0, 2], np.float32)
+    unused = np.zeros((4, 9), np.float32)
+    run = LlamaRun(unused, unused, {3: LlamaRouted(theirs, weights, logits)})
+    reference = ReferenceResult(run.logits, {3: Routed(ours, weights, margins, theirs, logits)})
+    (found,) = agreement(run, reference, EXACT)
+    assert found.as_dict() == {"layer": 3, "tokens": 4, "same": 2, "ties": 1, "wrong": 1, "noise": 0.0}
 
 
 @pytest.mark.runtime

@@ -9,13 +9,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
-from onnx import TensorProto, helper
 
 from mopeq_edge.errors import FormatError
-from mopeq_edge.vision.description import CROPS, KEY, TILES, Crops, Description, Prompt, Tiles, read_description
-from mopeq_edge.vision.session import VisionSession, weights_file
+from mopeq_edge.vision.description import (
+    CROPS,
+    KEY,
+    TILES,
+    Crops,
+    Description,
+    Prompt,
+    Tiles,
+    read_description,
+    weights_file,
+)
+from mopeq_edge.vision.session import VisionSession
+from tools.fuzz import seeds
 
 TILED = Description(
     kind=TILES,
@@ -67,6 +76,20 @@ BROKEN: list[tuple[tuple[str, ...], Any, str]] = [
     (("prompt", "mark"), None, "has prompt.mark null"),
     (("weights_type",), "Q4_K", 'has weights_type "Q4_K"'),
     (("relative_error",), "small", 'has relative_error "small"'),
+    (("relative_error",), -0.5, "has relative_error -0.5"),
+    (("relative_error",), 10**400, "has relative_error 1000"),
+    (("weights_bytes",), 63, "has weights_bytes 63"),
+    (("made_from",), "A" * 64, 'has made_from "AAA'),
+    (("made_from",), "a", 'has made_from "a"'),
+    (("n_embd",), 2**16 + 1, "has n_embd 65537"),
+    (("layout", "side"), 2**12 + 1, "has layout.side 4097"),
+    (("layout", "most_tiled"), -1, "has layout.most_tiled -1"),
+    (("layout", "candidates"), [[44, 44]] * 1025, "has layout.candidates "),
+    (("layout", "candidates"), [[44 * 8, 44 * 8]], "makes 65 pictures of 44 × 44 pixels of one, at most 64"),
+    (("layout", "std"), [0.5, 1e-9, 0.5], r"has layout.std \[0.5, 1e-09, 0.5\]"),
+    (("layout", "mean"), [1e4, 0, 0], "has layout.mean"),
+    (("prompt", "before"), "x" * (2**16 + 1), 'has prompt.before "xxx'),
+    (("prompt", "own"), "\ud800", "has prompt.own"),
 ]
 
 
@@ -82,35 +105,43 @@ def test_what_is_broken_is_named(path: tuple[str, ...], value: Any, message: str
     assert "\n" not in str(caught.value)
 
 
+def test_crops_without_end() -> None:
+    found = json.loads(CROPPED.text())
+    found["layout"]["most"] = 64
+    with pytest.raises(FormatError, match="makes 65 pictures"):
+        read_description(json.dumps(found), "x")
+    found["layout"]["most"] = 2**40
+    with pytest.raises(FormatError, match=r"has layout\.most 1099511627776"):
+        read_description(json.dumps(found), "x")
+    found["layout"].update(most=63, side=4096)
+    with pytest.raises(FormatError, match="makes 64 pictures of 4096 × 4096 pixels of one, at most 64 with"):
+        read_description(json.dumps(found), "x")
+
+
 @pytest.mark.parametrize(
-    ("text", "message"), [(None, "has no 'mopeq.vision'"), ("{", "is not JSON"), ("[]", "is no 'mopeq-edge vision'")]
+    ("text", "message"),
+    [
+        (None, "has no 'mopeq.vision'"),
+        ("{", "is not JSON"),
+        ('{"a": 1, "a": 1}', "is not JSON"),
+        ("[" * 10**6, "is not JSON"),
+        ("[]", "is no 'mopeq-edge vision'"),
+    ],
 )
 def test_no_description(text: str | None, message: str) -> None:
     with pytest.raises(FormatError, match=message):
         read_description(text, "x")
 
 
-def graph_file(path: Path, described: Description) -> Path:
-    """A graph that hands through, and the weights that its description asks for."""
-    info = helper.make_tensor_value_info
-    node = helper.make_node("Identity", ["pixels"], ["embeddings"])
-    graph = helper.make_graph(
-        [node], "g", [info("pixels", TensorProto.FLOAT, [1])], [info("embeddings", TensorProto.FLOAT, [1])]
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
-    helper.set_model_props(model, {KEY: described.text()})
-    onnx.save(model, path)
-    weights_file(path).write_bytes(b"\0" * (described.weights_bytes - 64) + described.made_from.encode())
-    return path
-
-
 def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
-    path = graph_file(tmp_path / "out.vision.onnx", TILED)
+    path = seeds.write_vision_files(tmp_path / "out.vision.onnx")
     beside = weights_file(path)
-    assert VisionSession(path, 1).describe() == TILED
+    assert VisionSession(path, 1).describe() == seeds.vision_description()
     whole = beside.read_bytes()
     beside.write_bytes(whole[:-1])
-    with pytest.raises(FormatError, match=f"^{beside}: has 99 bytes, expected 100; copy it and out.vision.onnx again$"):
+    with pytest.raises(
+        FormatError, match=f"^{beside}: has 4543 bytes, expected 4544; copy it and out.vision.onnx again$"
+    ):
         VisionSession(path, 1).describe()
     beside.write_bytes(whole[:-1] + b"b")
     with pytest.raises(FormatError, match=f"^{beside}: belongs to another out.vision.onnx; copy both files again$"):
@@ -120,7 +151,7 @@ def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
         VisionSession(path, 1)
     path.write_bytes(b"nothing")
     beside.write_bytes(whole)
-    with pytest.raises(FormatError, match=r"onnxruntime cannot load it: .*; convert the checkpoint again"):
+    with pytest.raises(FormatError, match=f"^{path}: is no ONNX file; copy it again, or convert the checkpoint again"):
         VisionSession(path, 1)
     path.unlink()
     with pytest.raises(FormatError, match="does not exist; expected the vision file that mopeq-edge convert wrote"):

@@ -17,7 +17,7 @@ JSON_TARGETS = ("plan", "index", "config", "tokenizer")
 
 def mutate(data: bytes, target: str, rng: random.Random) -> bytes:
     """``data`` with one change of a kind that fits files of ``target``."""
-    if target in JSON_TARGETS:
+    if target in JSON_TARGETS or (target == "vision" and data.startswith(b"{")):
         return _json(data, rng)
     if target in ("safetensors", "artifacts") and len(data) > 8 and rng.random() < 0.7:
         length = int.from_bytes(data[:8], "little")

@@ -1,4 +1,6 @@
-"""Small files of every kind that is fuzzed, made anew on each call: what a fuzzer starts from. 100 kB in all."""
+"""Small files of every kind that is fuzzed, made anew on each call. ``python -m tools.fuzz.seeds`` writes tests/corpus,
+which fuzzers start from.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +23,7 @@ from mopeq_edge.imatrix import Entry, Imatrix, write_imatrix
 from mopeq_edge.plan.artifact import Plan, PlannedGroup, PlannedTensor, PrecisionMap, write_plan
 from mopeq_edge.sensitivity import table
 from mopeq_edge.source.padded import ExpertPadding
+from mopeq_edge.vision.description import KEY, STAMP, TILES, Description, Prompt, Tiles, weights_file
 
 HIDDEN, FF, N_EXPERT, VOCAB, N_HEAD = 32, 32, 4, 300, 2
 
@@ -200,6 +203,79 @@ TOKENIZER_CONFIG: Mapping[str, Any] = {
 }
 
 
+VISION_SIDE, VISION_ROWS, VISION_WIDTH = 4, 2, 8
+_VISION_NAME = "out.vision.onnx"
+
+
+def vision_graph(name: str = _VISION_NAME) -> Any:
+    """The graph (ModelProto) of a tower of one matrix, which lies in the file beside ``name``; no metadata."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    n_in = 3 * VISION_SIDE**2 // VISION_ROWS**2
+    matrix = onnx.TensorProto(name="matrix", data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL)
+    matrix.dims.extend((n_in, VISION_WIDTH))
+    for key, value in (("location", f"{name}.data"), ("offset", "4096"), ("length", str(4 * n_in * VISION_WIDTH))):
+        matrix.external_data.append(onnx.StringStringEntryProto(key=key, value=value))
+    vectors = [numpy_helper.from_array(np.ones(VISION_WIDTH, np.float32), key) for key in ("newline", "separator")]
+    vectors.append(numpy_helper.from_array(np.array([VISION_ROWS**2, n_in], np.int64), "shape"))
+    nodes = [
+        helper.make_node("Reshape", ["pixels", "shape"], ["patches"]),
+        helper.make_node("MatMul", ["patches", "matrix"], ["embeddings"]),
+        helper.make_node("Identity", ["newline"], ["image_newline"]),
+        helper.make_node("Identity", ["separator"], ["view_seperator"]),
+    ]
+    info = helper.make_tensor_value_info
+    outputs = [info("embeddings", TensorProto.FLOAT, [VISION_ROWS**2, VISION_WIDTH])]
+    outputs += [info(key, TensorProto.FLOAT, [VISION_WIDTH]) for key in ("image_newline", "view_seperator")]
+    inputs = [info("pixels", TensorProto.FLOAT, [1, 3, VISION_SIDE, VISION_SIDE])]
+    graph = helper.make_graph(nodes, "tower", inputs, outputs, [*vectors, matrix])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9, producer_name="mopeq")
+
+
+def vision_weights() -> bytes:
+    """The file beside :func:`vision_graph`."""
+    values = np.arange(3 * VISION_SIDE**2 // VISION_ROWS**2 * VISION_WIDTH, dtype="<f4")
+    return bytes(4096) + values.tobytes() + b"a" * STAMP
+
+
+def vision_description() -> Description:
+    """What :func:`vision_graph` says of itself."""
+    half = (0.5, 0.5, 0.5)
+    return Description(
+        **{"kind": TILES, "n_embd": VISION_WIDTH, "weights_type": "F32", "weights_bytes": len(vision_weights())},
+        **{"relative_error": 0.0, "made_from": "a" * STAMP},
+        layout=Tiles(VISION_SIDE, VISION_ROWS, ((4, 4), (8, 4)), 2, True, half, half),
+        prompt=Prompt("<|User|>: ", "<|Assistant|>:", "<image>", "<image>\n"),
+    )
+
+
+def write_vision_files(path: Path) -> Path:
+    """A whole vision file, ``path`` and the file beside, with its description and hashes."""
+    import onnx
+
+    from mopeq_edge.vision import hashes
+    from mopeq_edge.vision.graph_file import read_graph
+
+    beside, model = weights_file(path), vision_graph(path.name)
+    beside.write_bytes(vision_weights())
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    said = hashes.unsealed(hashes.tensor_hashes(beside, read_graph(path).stored))
+    onnx.helper.set_model_props(model, {KEY: vision_description().text(), hashes.KEY: said})
+    path.write_bytes(hashes.sealed(model.SerializeToString(deterministic=True)))
+    return path
+
+
+def vision_seeds() -> dict[str, bytes]:
+    """Descriptions of both kinds, which are JSON, and a whole graph."""
+    tiles = json.loads(vision_description().text())
+    crops = {**tiles, "kind": "crops"}
+    crops["layout"] = {"side": 24, "patch": 2, "most": 12, "margins": [4, 4], "mean": [0.1] * 3, "std": [0.5] * 3}
+    with TemporaryDirectory() as folder:
+        graph = write_vision_files(Path(folder) / _VISION_NAME).read_bytes()
+    return {"tiles": json.dumps(tiles).encode(), "crops": json.dumps(crops).encode(), "graph": graph}
+
+
 def artifact_seeds() -> dict[str, bytes]:
     """Sensitivity and routing, written as the product writes them."""
     from mopeq_edge.sensitivity.measure import TensorErrors
@@ -214,6 +290,17 @@ def artifact_seeds() -> dict[str, bytes]:
         write_routing(Routing(5, {0: np.ones(3)}, {0: np.ones(3)}, np.ones(4)), Path(folder) / "routing", "x")
         write_arrays(Path(folder) / "other", "mopeq-edge other", "1", {}, {"a": np.ones(1)})
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+def main() -> None:
+    """Write the files that tests/corpus has of each target; others there (of what was found) stay."""
+    from tools.fuzz.__main__ import CORPUS, TARGETS
+
+    for target in TARGETS:
+        folder = CORPUS / target
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in seeds_of(target).items():
+            (folder / name).write_bytes(data)
 
 
 def seeds_of(target: str) -> dict[str, bytes]:
@@ -246,4 +333,10 @@ def seeds_of(target: str) -> dict[str, bytes]:
         return {"torch": torch_bytes()}
     if target == "artifacts":
         return artifact_seeds()
+    if target == "vision":
+        return vision_seeds()
     raise ValueError(target)
+
+
+if __name__ == "__main__":
+    main()

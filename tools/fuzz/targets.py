@@ -240,10 +240,54 @@ def artifacts_target() -> Target:
     return run
 
 
+def vision_target() -> Target:
+    """A description, or a whole graph beside weights that are there: as ``run --image`` and ``verify`` read them."""
+    import numpy as np
+    from PIL import Image
+
+    from mopeq_edge.progress import SilentProgress
+    from mopeq_edge.verify import verify
+    from mopeq_edge.vision.crops import crop
+    from mopeq_edge.vision.description import Tiles, read_description, weights_file
+    from mopeq_edge.vision.graph_file import read_graph
+    from mopeq_edge.vision.tiles import cut
+
+    folder = Folder("vision")
+    path = seeds.write_vision_files(folder.path / "out.vision.onnx")
+    kept = weights_file(path).read_bytes()
+    image = Image.new("RGB", (40, 30))
+
+    def described(text: str) -> None:
+        found = read_description(text, "x")
+        if read_description(found.text(), "x") != found:
+            raise UnfitError("the description changed")
+        # tiles of a picture, as long as a call may take with them
+        if found.layout.side <= 64:
+            use = cut(image, found.layout, 1) if isinstance(found.layout, Tiles) else crop(image, found.layout)
+            if not np.isfinite(use.pixels).all():
+                raise UnfitError("pixels that are no numbers")
+
+    def run(data: bytes) -> None:
+        if data.startswith(b"{"):
+            with one_line():
+                described(data.decode("utf-8", "surrogateescape"))
+            return
+        folder.write(path.name, data)
+        weights_file(path).write_bytes(kept)
+        with one_line():
+            verify(path, SilentProgress())
+        with one_line():
+            for tensor in read_graph(path).stored:
+                if tensor.offset + tensor.nbytes > len(kept):
+                    raise UnfitError(str(tensor))
+
+    return run
+
+
 TARGETS: dict[str, Callable[[], Target]] = {
     **{"gguf": gguf_target, "imatrix": imatrix_target, "plan": plan_target, "index": index_target},
     **{"config": config_target, "tokenizer": tokenizer_target, "safetensors": safetensors_target},
-    **{"torch": torch_target, "artifacts": artifacts_target},
+    **{"torch": torch_target, "artifacts": artifacts_target, "vision": vision_target},
 }
 """By name: a function that prepares and gives the target."""
 

@@ -22,7 +22,10 @@ CODE = """
 import sys, json
 from pathlib import Path
 import numpy as np
+from mopeq_edge.vision.graph_file import read_graph
 from mopeq_edge.vision.session import VisionSession
+# the check before makes onnx's table of operators, once
+read_graph(Path(sys.argv[1]))
 def resident(key):
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
