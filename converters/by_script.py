@@ -73,7 +73,7 @@ def converted_gguf(
     if work.has(STAGE, made_from, digests.of):
         progress.note(f"note: {directory}: read as {output}, which llama.cpp's {SCRIPT} made of it")
         return output
-    _require_packages(directory)
+    require_packages(directory)
     needed, free = bytes_needed(directory), free_bytes(work.path)
     sizes = f"{format_bytes(needed)} of disk, {format_bytes(free)} are free in {work.path}"
     if needed > free:
@@ -97,19 +97,22 @@ def converted_gguf(
 
 def header_gguf(directory: Path, output: Path, *, pre: str | None) -> None:
     """Write the header of ``directory``'s GGUF to ``output``, with a hole of the data's size behind it."""
-    require_runtime()
     checkpoint_files(directory)
-    _require_packages(directory)
     run_script(directory, output, pre=pre, header_only=True)
     _require_moe(directory, output)
 
 
 def run_script(directory: Path, output: Path, *, pre: str | None, header_only: bool = False) -> None:
     """Run the script to its end. Raises :class:`SourceError` with its last error if it fails."""
+    plain = PLAIN_BYTE_LEVEL if why_not_plain(directory) is None else None
+    run_job(Job(str(directory.absolute()), str(output.absolute()), pre, plain, header_only), directory)
+
+
+def run_job(job: Job, directory: Path, otherwise: str = "give a BF16 GGUF of it instead, if there is one") -> None:
+    """The same of any job. ``otherwise`` is what to do about an error that no option of ours helps against."""
     folder = require_runtime().convert
     check_model_card(directory)
-    plain = PLAIN_BYTE_LEVEL if why_not_plain(directory) is None else None
-    job = Job(str(directory.absolute()), str(output.absolute()), pre, plain, header_only)
+    require_packages(directory)
     command: list[str | Path] = [sys.executable, CHILD, folder, json.dumps(asdict(job))]
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     lines: list[str] = []
@@ -119,7 +122,7 @@ def run_script(directory: Path, output: Path, *, pre: str | None, header_only: b
         advice = (
             "give the name of one that splits text like it with --pre NAME"
             if UNKNOWN_PRE_TOKENIZER in said
-            else "give a BF16 GGUF of it instead, if there is one"
+            else otherwise
         )
         raise SourceError(f"{directory}: llama.cpp's {SCRIPT} {describe_exit(code)}: {said}; {advice}")
 
@@ -149,7 +152,8 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def _require_packages(directory: Path) -> None:
+def require_packages(directory: Path) -> None:
+    """Raise :class:`ExtraMissingError` without the packages that the script needs."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ExtraMissingError(

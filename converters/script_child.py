@@ -38,7 +38,8 @@ AUTO_CLASSES = ("AutoConfig", "AutoTokenizer")
 class Job:
     """What to convert. ``pre`` overrides the pre-tokenizer's name, ``plain`` names one that llama.cpp does not know.
 
-    ``header_only`` writes the header and leaves a hole of the data's size.
+    ``header_only`` writes the header and leaves a hole of the data's size. ``mmproj``: what sees pictures, instead of
+    the text model, with these key-values too; lists are of strings that are made as long as there are tensors.
     """
 
     model: str
@@ -46,6 +47,8 @@ class Job:
     pre: str | None = None
     plain: str | None = None
     header_only: bool = False
+    outtype: str = "bf16"
+    mmproj: dict[str, str | list[str]] | None = None
 
 
 class RefusedError(ValueError):
@@ -62,7 +65,10 @@ def main(folder: str, job: Job) -> None:
     name_pre_tokenizer(job)
     if job.header_only:
         leave_out_data()
-    sys.argv = ["convert_hf_to_gguf.py", job.model, "--outtype", "bf16", "--outfile", job.output]
+    sys.argv = ["convert_hf_to_gguf.py", job.model, "--outtype", job.outtype, "--outfile", job.output]
+    if job.mmproj is not None:
+        add_key_values(job.mmproj)
+        sys.argv.append("--mmproj")
     runpy.run_path(str(Path(folder) / "convert_hf_to_gguf.py"), run_name="__main__")
 
 
@@ -121,6 +127,24 @@ def name_pre_tokenizer(job: Job) -> None:
             raise NotImplementedError(UNKNOWN_PRE_TOKENIZER) from None
 
     text_model.get_vocab_base_pre = named
+
+
+def add_key_values(kvs: dict[str, str | list[str]]) -> None:
+    """Write ``kvs`` behind the script's own: when the header is written, all tensors are known."""
+    import gguf
+
+    write = gguf.GGUFWriter.write_header_to_file
+
+    def with_kvs(self: Any, *args: Any, **kwargs: Any) -> None:
+        n_tensors = sum(len(tensors) for tensors in self.tensors)
+        for key, value in kvs.items():
+            if isinstance(value, str):
+                self.add_string(key, value)
+            else:
+                self.add_array(key, value * n_tensors)
+        write(self, *args, **kwargs)
+
+    gguf.GGUFWriter.write_header_to_file = with_kvs
 
 
 def leave_out_data() -> None:

@@ -68,6 +68,8 @@ class LlamaModel:
         self._nodes, self._callback = nodes, None if nodes is None else nodes.callback(self._c)
         self._embedding_batch: Any = None
         self._closed = False
+        self.n_past = 0
+        """Tokens in the context."""
         self._log.acquire()
         try:
             self._load(vocab_only, use_mmap, n_gpu_layers, plain)
@@ -207,6 +209,21 @@ class LlamaModel:
             size = -n
         raise MopeqError(f"{self.path}: llama.cpp cannot turn {len(ids)} tokens into text")
 
+    def piece(self, token: int) -> bytes:
+        """The bytes of one token inside a text, none for a control token: a character may be several tokens."""
+        size = 64
+        for _ in range(2):
+            text = ctypes.create_string_buffer(size)
+            n = self._c.llama_token_to_piece(self._vocab, token, text, size, 0, False)
+            if n >= 0:
+                return text.raw[:n]
+            size = -n
+        raise MopeqError(f"{self.path}: llama.cpp cannot turn token {token} into text")
+
+    def ends(self, token: int) -> bool:
+        """Whether ``token`` ends generation."""
+        return bool(self._c.llama_vocab_is_eog(self._vocab, token))
+
     def logits(self, tokens: npt.ArrayLike, first: int = 0) -> Floats:
         """Logits of a fresh sequence, float32 [n_tokens - first, n_vocab].
 
@@ -219,17 +236,27 @@ class LlamaModel:
         """The same of a sequence in parts: int32 tokens [n], or float32 embeddings [n, n_embd] in the place of n
         tokens.
         """
-        length = self._begin(parts)
-        rows = np.empty((length - first, self.n_vocab), np.float32)
-        start = 0
-        for part in parts:
-            for at in range(0, len(part), self._n_batch):
-                piece = part[at : at + self._n_batch]
-                got = self._decode(piece, start, first)
-                start += len(piece)
-                if len(got):
-                    rows[start - first - len(got) : start - first] = got
+        rows = np.empty((self._length(parts) - first, self.n_vocab), np.float32)
+        for at, got in self.row_batches(parts, first):
+            rows[at - first : at - first + len(got)] = got
         return rows
+
+    def row_batches(
+        self, parts: Sequence[Tokens | Floats], first: int = 0, *, kept: int = 0, most: int | None = None
+    ) -> Iterator[tuple[int, Floats]]:
+        """The same batch by batch, of at most ``most`` tokens: (position of the first row, rows).
+
+        A view that is valid until the next batch. The first ``kept`` tokens of ``parts``, fewer than all, are in the
+        context from an earlier call with the same beginning: what follows them there is forgotten.
+        """
+        kept = self._begin(parts, kept)
+        start, size = 0, min(most or self._n_batch, self._n_batch)
+        for part in parts:
+            for at in range(min(max(kept - start, 0), len(part)), len(part), size):
+                piece = part[at : at + size]
+                got = self._decode(piece, start + at, first)
+                yield start + at + len(piece) - len(got), got
+            start += len(part)
 
     def step_logits(self, tokens: npt.ArrayLike) -> Floats:
         """The same rows as :meth:`logits`, decoded one token at a time as in generation.
@@ -262,16 +289,29 @@ class LlamaModel:
         ids = np.ascontiguousarray(prompt_tokens, np.int32)
         return list(self.continuation([ids], n, lambda row: int(row.argmax())))
 
-    def continuation(self, parts: Sequence[Tokens | Floats], n: int, choose: Callable[[Floats], int]) -> Iterator[int]:
+    def continuation(
+        self,
+        parts: Sequence[Tokens | Floats],
+        n: int,
+        choose: Callable[[Floats], int],
+        *,
+        kept: int = 0,
+        between: Callable[[], object] = lambda: None,
+    ) -> Iterator[int]:
         """At most ``n`` tokens behind the parts of :meth:`mixed_logits`, each as ``choose`` picks it from its logits.
 
         It ends before a token that ends generation. ``choose`` gets a row [n_vocab] that is valid during its call.
+        ``kept`` as in :meth:`row_batches`; ``between`` is called after every batch of ``parts`` and may raise.
         """
         length = sum(len(part) for part in parts)
         self._check_length(length + n)
-        token = choose(self.mixed_logits(parts, first=length - 1)[0])
+        last = np.empty((0, self.n_vocab), np.float32)
+        for _, rows in self.row_batches(parts, length - 1, kept=kept):
+            last = rows
+            between()
+        token = choose(last[-1])
         for position in range(length, length + n):
-            if self._c.llama_vocab_is_eog(self._vocab, token):
+            if self.ends(token):
                 return
             yield token
             if position + 1 < length + n:
@@ -288,8 +328,24 @@ class LlamaModel:
         self._begin([ids])
         return ids
 
-    def _begin(self, parts: Sequence[Tokens | Floats]) -> int:
-        """Empty the context for ``parts``, and return how many tokens they are."""
+    def _begin(self, parts: Sequence[Tokens | Floats], kept: int = 0) -> int:
+        """Empty the context for ``parts`` behind its first ``kept`` tokens, and return how many it still has.
+
+        None where llama.cpp cannot forget a part of them.
+        """
+        length = self._length(parts)
+        if not 0 <= kept < length or kept > self.n_past:
+            raise ValueError(f"cannot keep {kept} of {length} tokens: the context has {self.n_past}")
+        memory = self._c.llama_get_memory(self._open())
+        if not kept or not self._c.llama_memory_seq_rm(memory, 0, kept, -1):
+            self._c.llama_memory_clear(memory, True)
+            kept = 0
+        self.n_past = kept
+        return kept
+
+    def _length(self, parts: Sequence[Tokens | Floats]) -> int:
+        """Tokens of ``parts``, which are sound and fit into the context."""
+        self._open()
         if not parts:
             raise ValueError("expected one row of tokens, got none")
         for part in parts:
@@ -299,7 +355,6 @@ class LlamaModel:
                 raise ValueError(f"expected one row of tokens, got an array of shape {part.shape}")
         length = sum(len(part) for part in parts)
         self._check_length(length)
-        self._c.llama_memory_clear(self._c.llama_get_memory(self._open()), True)
         return length
 
     def _check_length(self, n_tokens: int) -> None:
@@ -334,6 +389,7 @@ class LlamaModel:
             self._nodes.check()
         if status != 0:
             raise MopeqError(f"{self.path}: llama.cpp cannot decode (status {status}): {self._log.reason()}")
+        self.n_past = position + n
         n_out = int(wanted.sum())
         if not n_out:
             return np.empty((0, self.n_vocab), np.float32)

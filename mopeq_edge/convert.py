@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mopeq_edge.artifacts import digest, read_json, write_json
 from mopeq_edge.atomic import check_output
+from mopeq_edge.device_files import DeviceFile, total_bytes
 from mopeq_edge.emit import without_imatrix
 from mopeq_edge.errors import PlanError
 from mopeq_edge.evaluate.chunks import Positions, read_text
@@ -72,6 +73,8 @@ class ConvertRequest:
     """In the place of a budget: what the file has to run in."""
     vision: str | None = None
     """Type of the vision file's matrices; None for the text side alone."""
+    beside: tuple[DeviceFile, ...] = ()
+    """Further files that the device loads; like those that see pictures they are part of the budget."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +114,25 @@ class Converted:
     """The memory that the file was planned for."""
     vision: Vision | None = None
     """The file beside it that sees pictures."""
+    beside: tuple[DeviceFile, ...] = ()
+    """Further files that the device loads."""
+
+    @property
+    def device_bytes(self) -> int:
+        """Of everything that the device loads."""
+        return self.file_bytes + self.beside_bytes
+
+    @property
+    def beside_bytes(self) -> int:
+        """Of everything but the GGUF."""
+        return total_bytes((*(self.vision.files if self.vision is not None else ()), *self.beside))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values with units in their names."""
         return {
+            "beside": {file.name: file.nbytes for file in self.beside},
             "budget_bytes": self.plan.budget_bytes,
+            "device_bytes": self.device_bytes,
             "evaluation": self.evaluation.as_dict() if self.evaluation is not None else None,
             "expert_padding": asdict(self.plan.expert_padding) if self.plan.expert_padding is not None else None,
             "file_bytes": self.file_bytes,
@@ -143,6 +160,8 @@ def default_sensitivity(context: Context, calibration: CalibrationRequest) -> st
     has_gradient = context.source.kind == "huggingface" and calibration.imatrix is None and calibration.fisher
     if not has_gradient:
         return IMATRIX
+    if calibration.pictures is not None:
+        return FISHER
     return FISHER_TRACE if calibration.trace is not None or load_traces(context) is not None else FISHER
 
 
@@ -161,17 +180,25 @@ def convert(context: Context, request: ConvertRequest) -> Converted:
         raise PlanError(
             f"{context.source.path}: no text to validate on; give --eval-text FILE, or --no-evaluate to skip that"
         )
-    budget = request.budget if request.fits is None else first_budget(context, request.fits)
+    tower = eyes.tower if eyes is not None else None
+    budget, fits = request.budget, request.fits
+    if fits is not None:
+        # an mmproj is in memory together with the model
+        with_it = eyes.files if eyes is not None and tower is None else ()
+        fits = replace(fits, tower=tower, beside=(*with_it, *request.beside))
+        budget = first_budget(context, fits)
+    elif budget is not None:
+        budget = replace(budget, beside=(*(eyes.files if eyes is not None else ()), *request.beside))
     check_budget(context, request.calibration, budget, request.options)
     calibrated = run_calibrate(context, request.calibration)
     require_scores([request.options.sensitivity], calibrated.statistics)
     kind = _first_kind(request, calibrated.statistics)
     table = run_sensitivity(context, calibrated, request.options.types, kind, request.sample_rows)
     fit: Fit | None = None
-    if request.fits is None:
+    if fits is None:
         plan = run_plan(context, table, calibrated.statistics, budget, request.options)
     else:
-        plan, fit, budget = run_plan_that_fits(context, table, calibrated.statistics, request.fits, request.options)
+        plan, fit, budget = run_plan_that_fits(context, table, calibrated.statistics, fits, request.options)
     comparison = run_forecast(context, table, calibrated.statistics, budget, request.options, plan)
     measure = _measure(context, request) if request.evaluate else None
     choice = _choose(context, request, calibrated, plan, kind, digest(words), measure)
@@ -190,6 +217,7 @@ def convert(context: Context, request: ConvertRequest) -> Converted:
         comparison,
         fit,
         vision,
+        request.beside,
     )
     write_json(context.work.file("validation.json"), VALIDATION_FORMAT, VERSION, result.as_dict())
     return result

@@ -1,4 +1,4 @@
-"""The calibrate stage on a work directory: a text or a foreign imatrix in, statistics and traces out."""
+"""The calibrate stage on a work directory: text, pictures or a foreign imatrix in, statistics and traces out."""
 
 from __future__ import annotations
 
@@ -6,13 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mopeq_edge.artifacts import digest, file_digest
+from mopeq_edge.artifacts import digest, file_digest, read_json, write_json
+from mopeq_edge.calibrate.modalities import (
+    Modalities,
+    RoutingByKind,
+    read_modalities,
+    routing_by_kind,
+    write_modalities,
+)
 from mopeq_edge.calibrate.statistics import read_routing, routing_from_imatrix, write_routing
 from mopeq_edge.calibrate.traces import Traces, read_traces, write_traces
-from mopeq_edge.errors import CalibrationError
+from mopeq_edge.errors import CalibrationError, FormatError
 from mopeq_edge.imatrix import Imatrix, read_imatrix, split_stacks, write_imatrix
 from mopeq_edge.pipeline_context import Context as Context
 from mopeq_edge.pipeline_context import open_context as open_context
+from mopeq_edge.pipeline_pictures import Eyes, PicturesRequest, open_eyes, see_pictures
 from mopeq_edge.progress import Progress
 from mopeq_edge.sensitivity.pricing import Statistics, require_scores
 from mopeq_edge.sensitivity.scores import NEEDS_TRACES
@@ -21,6 +29,8 @@ from mopeq_edge.workdir import WorkDirectory
 
 ACTIVATION_FILE, GRADIENT_FILE, ROUTING_FILE = "imatrix.gguf", "gradient.gguf", "routing.safetensors"
 TRACE_FILE = "trace.safetensors"
+MODALITIES_FILE, BY_KIND_FILE = "modalities.safetensors", "routing-by-kind.json"
+BY_KIND_FORMAT, BY_KIND_VERSION = "mopeq-edge routing by kind", 1
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class CalibrationRequest:
     """Where the statistics come from: a text, or an imatrix that llama-imatrix made.
 
     ``text`` is the calibration text itself and ``dataset`` its name; ``trace`` adds Hessian traces, which need
-    ``fisher``.
+    ``fisher``; ``pictures`` are read with it, and exclude traces.
     """
 
     text: str = ""
@@ -47,6 +57,7 @@ class CalibrationRequest:
     seed: int = 1
     imatrix: Path | None = None
     trace: TraceRequest | None = None
+    pictures: PicturesRequest | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,8 @@ def check_calibration(context: Context, request: CalibrationRequest) -> None:
             f"{context.source.path}: --trace needs --fisher on the text of a Hugging Face directory (matrices that are "
             "no experts are priced by gradients); calibrate that directory without --imatrix, or leave out --trace"
         )
+    if request.pictures is not None:
+        _check_pictures(context, request, request.pictures)
     if request.imatrix is not None:
         return
     if not request.text:
@@ -75,9 +88,21 @@ def check_calibration(context: Context, request: CalibrationRequest) -> None:
         )
 
 
+def _check_pictures(context: Context, request: CalibrationRequest, pictures: PicturesRequest) -> None:
+    for given, option, why in (
+        (request.imatrix, "--imatrix", "an imatrix is there already"),
+        (request.trace, "--trace", "the loss that it differentiates is that of text"),
+    ):
+        if given is not None:
+            raise CalibrationError(
+                f"{pictures.directory}: --images does not go with {option}: {why}; leave out one of them"
+            )
+    open_eyes(context, pictures)
+
+
 def check_sensitivity(context: Context, request: CalibrationRequest, sensitivity: str) -> None:
     """Raise :class:`CalibrationError` for a score of traces that are neither there nor asked for, before any work."""
-    if sensitivity in NEEDS_TRACES and request.trace is None and load_traces(context) is None:
+    if sensitivity in NEEDS_TRACES and request.trace is None and (request.pictures or load_traces(context) is None):
         require_scores([sensitivity], Statistics())
 
 
@@ -88,6 +113,8 @@ def run_calibrate(context: Context, request: CalibrationRequest) -> Calibrated:
         return _foreign_imatrix(context, request.imatrix)
     options = (request.n_ctx, request.chunks, request.fisher, request.seed)
     made_from = digest(["calibration 1", context.source_sha256, digest(request.text), *options])
+    if request.pictures is not None:
+        return _run_with_pictures(context, request, request.pictures, made_from)
     if not context.work.has("calibrate", made_from):
         statistics = _calibrate(context, request)
         names = _write_statistics(context.work, statistics, made_from)
@@ -95,6 +122,61 @@ def run_calibrate(context: Context, request: CalibrationRequest) -> Calibrated:
     if request.trace is not None:
         _run_trace(context, request, request.trace)
     return Calibrated(load_statistics(context), made_from)
+
+
+def _run_with_pictures(
+    context: Context, request: CalibrationRequest, pictures: PicturesRequest, text_from: str
+) -> Calibrated:
+    """Two stages: what was measured keeps both kinds of tokens apart, and another weight only adds them up again."""
+    eyes = open_eyes(context, pictures)
+    measured_from = digest(["modalities 1", text_from, eyes.made_from(context.source_sha256)])
+    work, path = context.work, context.work.file(MODALITIES_FILE)
+    if not work.has("modalities", measured_from):
+        found = _calibrate_mixed(context, request, pictures, eyes)
+        work.forget("modalities")
+        write_modalities(found, path, measured_from)
+        work.record("modalities", measured_from, [MODALITIES_FILE])
+    made_from = digest(["weighed 1", measured_from, pictures.weight])
+    if not work.has("calibrate", made_from):
+        found = read_modalities(path)
+        names = _write_statistics(work, found.statistics(pictures.weight), made_from)
+        by_kind = found.routing(pictures.weight).as_dict()
+        write_json(work.file(BY_KIND_FILE), BY_KIND_FORMAT, BY_KIND_VERSION, by_kind)
+        work.record("calibrate", made_from, [*names, MODALITIES_FILE, BY_KIND_FILE])
+    return Calibrated(load_statistics(context), made_from)
+
+
+def _calibrate_mixed(
+    context: Context, request: CalibrationRequest, pictures: PicturesRequest, eyes: Eyes
+) -> Modalities:
+    from mopeq_edge.calibrate.run import calibrate_mixed
+    from mopeq_edge.calibrate.tokens import token_windows
+    from mopeq_edge.calibrate.windows import text_windows
+
+    source = eyes.source
+    texts = text_windows(token_windows(source.kvs, request.text, request.n_ctx, request.chunks))
+    return calibrate_mixed(
+        source,
+        [*texts, *see_pictures(context, eyes, request.n_ctx)],
+        (request.dataset, pictures.directory.resolve().name),
+        n_ctx=request.n_ctx,
+        fisher=request.fisher,
+        seed=request.seed,
+        threads=context.threads,
+        scratch=context.work.path,
+        progress=context.progress,
+    )
+
+
+def load_routing_by_kind(work: WorkDirectory) -> RoutingByKind | None:
+    """Which experts text and pictures went to, if the finished calibration read pictures."""
+    if BY_KIND_FILE not in work.files("calibrate"):
+        return None
+    path = work.file(BY_KIND_FILE)
+    try:
+        return routing_by_kind(read_json(path, BY_KIND_FORMAT, BY_KIND_VERSION))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(f"{path}: not routing as calibrate writes it ({error!r}); calibrate again") from None
 
 
 def load_statistics(context: Context) -> Statistics:
@@ -110,7 +192,8 @@ def load_statistics(context: Context) -> Statistics:
         activation=read_imatrix(work.file(ACTIVATION_FILE)),
         gradient=read_imatrix(work.file(GRADIENT_FILE)) if GRADIENT_FILE in names else None,
         routing=read_routing(work.file(ROUTING_FILE)),
-        traces=load_traces(context),
+        # they are of text alone
+        traces=load_traces(context) if BY_KIND_FILE not in names else None,
     )
     _note_unrouted(statistics, context.progress)
     _note_clamped(statistics, context.progress)

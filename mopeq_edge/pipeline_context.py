@@ -35,6 +35,8 @@ class Context:
     """Files of the directory that the source, a GGUF in the work directory, was made of."""
     engine: Engine | None = None
     """Who runs the tasks of sensitivity and emit; None: this process."""
+    directory: Path | None = None
+    """The Hugging Face directory that the source is, or was made of; None for a GGUF of the user's."""
 
     @property
     def inputs(self) -> tuple[Path, ...]:
@@ -83,7 +85,8 @@ def open_context(
     if keep_mtp:
         # another model of the same files: what was measured or written without its further blocks must not serve it
         content = digest(["with MTP", content])
-    return Context(source, content, directory, threads, progress, checkpoint, engine)
+    made_of = model if isinstance(model, Path) and model.is_dir() else None
+    return Context(source, content, directory, threads, progress, checkpoint, engine, made_of)
 
 
 def open_header(

@@ -18,6 +18,7 @@ from mopeq_edge.plan.artifact import PER_EXPERT, STOCK
 from mopeq_edge.source.roles import role_of
 from mopeq_edge.split import read_parts
 from mopeq_edge.units import plural
+from mopeq_edge.vision.mmproj import is_mmproj
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Summary:
     architecture: str | None
     """``general.architecture``; None for what is no model, an imatrix, say."""
     kind: str
-    """``general.type`` of what is no model."""
+    """``general.type`` of what is no model, or sees for one."""
     n_layer: int
     n_expert: int
     n_expert_used: int
@@ -40,6 +41,8 @@ class Summary:
     bytes_by_type: dict[str, int]
     bytes_by_role: dict[str, int]
     stacks: tuple[GroupedStack, ...]
+    projector: str | None = None
+    """How what sees pictures joins its model, of an mmproj."""
 
     @property
     def tensor_bytes(self) -> int:
@@ -59,6 +62,11 @@ class Summary:
                 f"builds; stock llama.cpp refuses it (a tensor such as '{self.stacks[0].name}' is not found)"
             )
         tensors = plural(self.n_tensors, "tensor")
+        if self.projector is not None:
+            return (
+                f"no model but what sees pictures for one (mmproj, {self.projector}), {tensors}; llama.cpp loads both: "
+                "-m MODEL --mmproj FILE"
+            )
         if self.architecture is None:
             return f"no model but a file of type '{self.kind}', {tensors}"
         return f"stock GGUF of {self.architecture}, {tensors}; runs in any llama.cpp that knows it"
@@ -80,6 +88,7 @@ class Summary:
             "n_layer": self.n_layer,
             "n_tensors": self.n_tensors,
             "n_weights": self.n_weights,
+            "projector": self.projector,
             "stacks": {
                 stack.name: {
                     "shape": list(stack.shape),
@@ -110,6 +119,7 @@ def summarise(path: Path) -> Summary:
     for info in infos:
         by_type[info.type.name] += info.nbytes
         by_role[role_of(info.name).value] += info.nbytes
+    projector = header.get("clip.projector_type") or header.get("clip.vision.projector_type")
     return Summary(
         path=path,
         layout=PER_EXPERT if stacks else STOCK,
@@ -125,18 +135,19 @@ def summarise(path: Path) -> Summary:
         bytes_by_type=dict(by_type.most_common()),
         bytes_by_role=dict(by_role.most_common()),
         stacks=stacks,
+        projector=printable(str(projector), 80) if is_mmproj(header) else None,
     )
 
 
-def summarise_grouped(path: Path) -> Summary | None:
-    """:func:`summarise` of a GGUF with expert groups, else None: what a conversion cannot start from."""
+def summarise_finished(path: Path) -> Summary | None:
+    """:func:`summarise` of a GGUF that no conversion can start from, expert groups or an mmproj; else None."""
     if not path.is_file():
         return None
     with path.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
             return None
     found = summarise(path)
-    return found if found.stacks else None
+    return found if found.stacks or found.projector is not None else None
 
 
 def experts_by_type(stacks: Iterable[GroupedStack]) -> dict[str, int]:

@@ -97,9 +97,10 @@ def test_what_checks_a_file_on_the_device_needs_no_framework() -> None:
 
 def test_pictures_on_the_device_need_no_framework_and_no_converter() -> None:
     inside = ("mopeq_edge/vision/", "mopeq_edge/pipeline_vision.py", "mopeq_edge/cli/image.py", "converters/vision/")
-    assert breaches({"torch", "transformers"}, inside) == []
+    assert breaches({"torch", "transformers"}, (*inside, "mopeq_edge/serving/", "mopeq_edge/cli/server.py")) == []
     # onnx is no framework: it reads a stranger's graph before onnxruntime does
-    code = "import sys; import mopeq_edge.vision.answer; found = {'torch', 'transformers', 'converters'}"
+    code = "import sys; import mopeq_edge.vision.answer, mopeq_edge.serving.listen; "
+    code += "found = {'torch', 'transformers', 'converters'}"
     subprocess.run([sys.executable, "-c", f"{code}; assert not found & set(sys.modules)"], check=True, cwd=ROOT)
     code = "import sys; import converters.vision; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -18,7 +18,7 @@ from mopeq_edge.ggml.types import BF16, BY_NAME, F32
 from mopeq_edge.gguf_layout import string, uint32
 from mopeq_edge.source.gguf import GGUFSource
 from mopeq_edge.source.model import SourceTensor
-from mopeq_edge.summary import experts_by_type, summarise, summarise_grouped
+from mopeq_edge.summary import experts_by_type, summarise, summarise_finished
 
 from .builders import write_raw_gguf
 
@@ -136,7 +136,7 @@ def test_a_map_that_does_not_add_up(grouped: Path) -> None:
 def test_what_has_no_groups(bf16_gguf: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no GGUF")
     for path in (bf16_gguf, tmp_path, tmp_path / "none", tmp_path / "text"):
-        assert summarise_grouped(path) is None
+        assert summarise_finished(path) is None
 
 
 def test_validate_does_not_load_torch(grouped: Path) -> None:

@@ -140,8 +140,13 @@ def compare(alone: Answer, loaded: Answer) -> str:
 
 def break_off(server: Server, prompt: str, seconds: float) -> None:
     """Ask for a long stream and go away in the middle of it, or of the request."""
-    body = _body(prompt, stream=True, n_predict=200)
-    head = f"POST /completion HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
+    go_away(server, "/completion", _body(prompt, stream=True, n_predict=200), seconds)
+
+
+def go_away(server: Server, path: str, body: bytes, seconds: float) -> None:
+    """Send a request and close the connection after ``seconds``; 0: before it is sent whole."""
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     port = int(server.url.rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         connection.sendall(head.encode() + (body if seconds else body[:10]))
@@ -199,7 +204,7 @@ def load(file: Path, seconds: float, *, seed: int = 1, clients: int = CLIENTS) -
         for thread in threads:
             thread.join()
         report.seconds = round(time.monotonic() - start, 1)
-        _memory(report, sampler.stop())
+        note_memory(report, sampler.stop())
         if server.process.poll() is not None:
             report.failures.append(f"the server ended with {server.process.returncode}")
         else:
@@ -209,7 +214,7 @@ def load(file: Path, seconds: float, *, seed: int = 1, clients: int = CLIENTS) -
     return report
 
 
-def _memory(report: Report, samples: Sequence[Sample]) -> None:
+def note_memory(report: Report, samples: Sequence[Sample]) -> None:
     """The medians of the second and the last fifth: the first fills buffers that stay."""
     n = max(1, len(samples) // 5)
     report.anon_early = int(statistics.median(s.anon for s in samples[n : 2 * n] or samples))

@@ -2,6 +2,6 @@
 
 from converters.vision.families import Family, find_family
 from converters.vision.weights import TYPES
-from converters.vision.write import VisionFile, read_vision, write_vision
+from converters.vision.write import VisionFile, planned_graph, read_vision, write_vision
 
-__all__ = ["TYPES", "Family", "VisionFile", "find_family", "read_vision", "write_vision"]
+__all__ = ["TYPES", "Family", "VisionFile", "find_family", "planned_graph", "read_vision", "write_vision"]

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,15 @@ from converters.vision.families import Family
 from converters.vision.weights import F32, Tensors, Weights
 from mopeq_edge.atomic import scratch_directory
 from mopeq_edge.errors import SourceError
-from mopeq_edge.vision.description import KEY, Description, read_description, weights_file
+from mopeq_edge.file_hashes import UNKNOWN
+from mopeq_edge.vision.description import KEY, STAMP, Description, read_description, weights_file
 from mopeq_edge.vision.graph_file import read_graph
 from mopeq_edge.vision.hashes import KEY as HASHES_KEY
 from mopeq_edge.vision.hashes import sealed, tensor_hashes, unsealed
 from mopeq_edge.vision.session import VisionSession, check_weights
+
+ERROR_DIGITS = 24
+"""No number that is not negative has more as JSON."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,48 @@ def write_vision(
     return VisionFile(out, written.description, written.file_bytes)
 
 
+def planned_graph(
+    checkpoint: Tensors, family: Family, directory: Path, config: Mapping[str, Any], name: str, kind: str
+) -> tuple[onnx.ModelProto, int]:
+    """The graph that :func:`write_vision` will write as ``name``, of zeros, and the bytes of its weights.
+
+    From shapes alone; serialized, it has the bytes of the one to come.
+    """
+    tower = family.read(directory, config, checkpoint)
+    graph, beside = Graph(family.name), _Counter()
+    family.build(tower, Weights(graph, _Shapes(checkpoint), beside, weights_file(Path(name)).name, kind))
+    described = _description(tower, kind, "0" * STAMP, 0.0, beside.size + STAMP)
+    model = graph.unchecked_model()
+    stored = (tensor.name for tensor in model.graph.initializer if tensor.external_data)
+    return _said(model, described, dict.fromkeys(stored, UNKNOWN)), beside.size + STAMP
+
+
+class _Shapes:
+    """A checkpoint of zeros."""
+
+    def __init__(self, checkpoint: Tensors) -> None:
+        self.shapes = checkpoint.shapes
+
+    def read_f32(self, name: str, index: int | None = None) -> Floats:
+        """Zeros of the tensor's shape."""
+        return np.zeros(self.shapes[name] if index is None else self.shapes[name][1:], dtype=np.float32)
+
+
+class _Counter(BytesIO):
+    """A file that keeps nothing but its size."""
+
+    size = 0
+
+    def write(self, data: Any) -> int:
+        """Count ``data``."""
+        self.size += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        """Bytes so far."""
+        return self.size
+
+
 def read_vision(path: Path) -> VisionFile:
     """What is at ``path``, without its weights. Raises :class:`FormatError` for what is damaged or not whole."""
     graph = read_graph(path)
@@ -104,24 +151,34 @@ def _describe(path: Path, tower: Any, kind: str, made_from: str, error: float) -
     """Put the description, and hashes of everything, into the graph at ``path``."""
     beside = weights_file(path)
     size = beside.stat().st_size
-    described = Description(
+    described = _description(tower, kind, made_from, error, size)
+    graph = read_graph(path)
+    content = _said(graph.model, described, tensor_hashes(beside, graph.stored))
+    with path.open("wb") as file:
+        file.write(sealed(content.SerializeToString(deterministic=True)))
+        file.flush()
+        os.fsync(file.fileno())
+    return VisionFile(path, described, path.stat().st_size + size)
+
+
+def _description(tower: Any, kind: str, made_from: str, error: float, weights_bytes: int) -> Description:
+    return Description(
         kind=tower.kind,
         n_embd=tower.n_embd,
         layout=tower.layout,
         prompt=tower.prompt,
         weights_type=kind,
-        weights_bytes=size,
+        weights_bytes=weights_bytes,
         relative_error=error,
         made_from=made_from,
     )
-    graph = read_graph(path)
-    hashes = unsealed(tensor_hashes(beside, graph.stored))
-    onnx.helper.set_model_props(graph.model, {KEY: described.text(), HASHES_KEY: hashes})
-    with path.open("wb") as file:
-        file.write(sealed(graph.model.SerializeToString(deterministic=True)))
-        file.flush()
-        os.fsync(file.fileno())
-    return VisionFile(path, described, path.stat().st_size + size)
+
+
+def _said(model: onnx.ModelProto, described: Description, hashes: Mapping[str, str]) -> onnx.ModelProto:
+    """``model`` that says what it is. Blanks make up for the digits of the error: the file's size is known before."""
+    blanks = " " * (ERROR_DIGITS - len(repr(described.relative_error)))
+    onnx.helper.set_model_props(model, {KEY: described.text() + blanks, HASHES_KEY: unsealed(hashes)})
+    return model
 
 
 def _embed(path: Path, threads: int) -> Floats:

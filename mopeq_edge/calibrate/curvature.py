@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mopeq_edge.binding import Tokens
 from mopeq_edge.calibrate.blocks import BlockModel
 from mopeq_edge.calibrate.directions import Chooser, Direction, HeldRouting, Slopes
-from mopeq_edge.calibrate.passes import Positions, Windows, backward_window, each_window, forward_window, token_parts
+from mopeq_edge.calibrate.passes import Positions, backward_window, each_window, forward_window, token_parts
 from mopeq_edge.calibrate.states import HiddenStates
 from mopeq_edge.calibrate.statistics import Doubles
 from mopeq_edge.progress import Step
@@ -29,7 +30,7 @@ class Run:
     """A model and its windows [n_windows, n_ctx], with ``states`` of n_layer + 1 slots: what every pass needs."""
 
     model: BlockModel
-    windows: Windows
+    windows: Tokens
     states: HiddenStates
     threads: int
     step: Step

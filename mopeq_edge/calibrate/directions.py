@@ -64,11 +64,21 @@ class Chooser:
         self.index, self.n_expert = index.to(torch.int16), n_expert
         return index, weights
 
-    def saw_input(self, name: str, x: Tensor, matrix: int = 0, n_matrices: int = 1) -> None:
+    def saw_input(
+        self, name: str, x: Tensor, matrix: int = 0, n_matrices: int = 1, *, tokens: Tensor | None = None
+    ) -> None:
         """Nothing to do."""
 
     def watch_output(
-        self, name: str, x: Tensor, y: Tensor, matrix: int = 0, n_matrices: int = 1, *, transposed: bool = False
+        self,
+        name: str,
+        x: Tensor,
+        y: Tensor,
+        matrix: int = 0,
+        n_matrices: int = 1,
+        *,
+        transposed: bool = False,
+        tokens: Tensor | None = None,
     ) -> None:
         """Nothing to do."""
 
@@ -94,11 +104,21 @@ class Slopes:
             )
         return index, weights
 
-    def saw_input(self, name: str, x: Tensor, matrix: int = 0, n_matrices: int = 1) -> None:
+    def saw_input(
+        self, name: str, x: Tensor, matrix: int = 0, n_matrices: int = 1, *, tokens: Tensor | None = None
+    ) -> None:
         """Nothing to do."""
 
     def watch_output(
-        self, name: str, x: Tensor, y: Tensor, matrix: int = 0, n_matrices: int = 1, *, transposed: bool = False
+        self,
+        name: str,
+        x: Tensor,
+        y: Tensor,
+        matrix: int = 0,
+        n_matrices: int = 1,
+        *,
+        transposed: bool = False,
+        tokens: Tensor | None = None,
     ) -> None:
         """When the gradient g [n_tokens, n_out] reaches ``y``, add sum_t g_t . (V x_t)."""
         stack = self.probes.get(name)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mopeq_edge.calibrate.statistics import Doubles, Sums
+from mopeq_edge.calibrate.statistics import TEXT, Doubles, Sums
 
 
 class Watch(Protocol):
@@ -20,37 +20,41 @@ class Watch(Protocol):
     def route(self, index: Tensor, weights: Tensor, n_expert: int) -> tuple[Tensor, Tensor]:
         """The router chose ``index`` with gate ``weights`` [n_tokens, k]; returns what shall be used."""
 
-    def saw_input(self, name: str, x: Tensor, matrix: int = 0, n_matrices: int = 1) -> None:
-        """``x`` [n_tokens, n_in] goes into one matrix of the GGUF tensor ``name``."""
+    def saw_input(
+        self, name: str, x: Tensor, matrix: int = 0, n_matrices: int = 1, *, tokens: Tensor | None = None
+    ) -> None:
+        """``x`` [n_tokens, n_in] goes into one matrix of the GGUF tensor ``name``.
+
+        ``tokens`` says which of the window's tokens the rows are; all of them without.
+        """
 
     def watch_output(
-        self, name: str, x: Tensor, y: Tensor, matrix: int = 0, n_matrices: int = 1, *, transposed: bool = False
+        self,
+        name: str,
+        x: Tensor,
+        y: Tensor,
+        matrix: int = 0,
+        n_matrices: int = 1,
+        *,
+        transposed: bool = False,
+        tokens: Tensor | None = None,
     ) -> None:
         """``x`` made ``y`` [n_tokens, n_out], which a gradient may reach later; ``transposed``: by the transpose."""
 
 
-@dataclass
-class Recorder:
-    """Statistics of one window of text through one block."""
-
-    activation: Sums = field(default_factory=Sums)
-    gradient: Sums = field(default_factory=Sums)
-    gate_weights: Doubles | None = None
-
-    def route(self, index: Tensor, weights: Tensor, n_expert: int) -> tuple[Tensor, Tensor]:
-        """Sum the gate weights of each expert; the router's choice stands."""
-        sums = torch.zeros(n_expert, dtype=torch.float64)
-        sums.index_add_(0, index.reshape(-1), weights.detach().reshape(-1).to(torch.float64))
-        self.gate_weights = np.asarray(sums.numpy())
-        return index, weights
-
-    def saw_input(self, name: str, x: Tensor, matrix: int = 0, n_matrices: int = 1) -> None:
-        """``x`` [n_tokens, n_in] goes into one matrix of the GGUF tensor ``name``."""
-        squares = x.detach().square().sum(dim=0, dtype=torch.float64).numpy()
-        self.activation.add(name, n_matrices, matrix, squares, x.shape[0])
+class HookedOutputs:
+    """Waits for gradients by hooks on outputs."""
 
     def watch_output(
-        self, name: str, x: Tensor, y: Tensor, matrix: int = 0, n_matrices: int = 1, *, transposed: bool = False
+        self,
+        name: str,
+        x: Tensor,
+        y: Tensor,
+        matrix: int = 0,
+        n_matrices: int = 1,
+        *,
+        transposed: bool = False,
+        tokens: Tensor | None = None,
     ) -> None:
         """When the gradient g [n_tokens, n_out] reaches ``y``, add sum_t |g_t|^2 x_tj^2.
 
@@ -63,11 +67,46 @@ class Recorder:
 
         def saw(g: Tensor) -> None:
             g = g.reshape(len(x), -1)
-            self.saw_gradient(name, *((g, x) if transposed else (x, g)), matrix, n_matrices)
+            self.saw_gradient(name, *((g, x) if transposed else (x, g)), matrix, n_matrices, tokens=tokens)
 
         y.register_hook(saw)  # type: ignore[no-untyped-call]
 
-    def saw_gradient(self, name: str, x: Tensor, g: Tensor, matrix: int = 0, n_matrices: int = 1) -> None:
+    def saw_gradient(
+        self, name: str, x: Tensor, g: Tensor, matrix: int = 0, n_matrices: int = 1, *, tokens: Tensor | None = None
+    ) -> None:
+        """``x`` [n_tokens, n_in] made an output that got the gradient ``g``, n_out numbers a token."""
+        raise NotImplementedError
+
+
+@dataclass
+class Recorder(HookedOutputs):
+    """Statistics of one window of text through one block."""
+
+    activation: Sums = field(default_factory=Sums)
+    gradient: Sums = field(default_factory=Sums)
+    gate_weights: Doubles | None = None
+
+    def by_kind(self) -> Mapping[str, Recorder]:
+        """What was counted of each kind of tokens: all are text."""
+        return {TEXT: self}
+
+    def route(self, index: Tensor, weights: Tensor, n_expert: int) -> tuple[Tensor, Tensor]:
+        """Sum the gate weights of each expert; the router's choice stands."""
+        sums = torch.zeros(n_expert, dtype=torch.float64)
+        sums.index_add_(0, index.reshape(-1), weights.detach().reshape(-1).to(torch.float64))
+        self.gate_weights = np.asarray(sums.numpy())
+        return index, weights
+
+    def saw_input(
+        self, name: str, x: Tensor, matrix: int = 0, n_matrices: int = 1, *, tokens: Tensor | None = None
+    ) -> None:
+        """``x`` [n_tokens, n_in] goes into one matrix of the GGUF tensor ``name``."""
+        squares = x.detach().square().sum(dim=0, dtype=torch.float64).numpy()
+        self.activation.add(name, n_matrices, matrix, squares, x.shape[0])
+
+    def saw_gradient(
+        self, name: str, x: Tensor, g: Tensor, matrix: int = 0, n_matrices: int = 1, *, tokens: Tensor | None = None
+    ) -> None:
         """``x`` [n_tokens, n_in] made an output that got the gradient ``g``, n_out numbers a token."""
         weights = g.reshape(len(x), -1).square().sum(dim=1, dtype=torch.float64)
         squares = weights @ x.detach().square().to(torch.float64)
@@ -139,8 +178,8 @@ class RoutedExperts(nn.Module):
             if recorder is not None:
                 for projection, into, out in (("gate", x, gate), ("up", x, up), ("down", inner, down)):
                     name = f"blk.{w.layer}.ffn_{projection}_exps.weight"
-                    recorder.saw_input(name, into, expert, n_expert)
-                    recorder.watch_output(name, into, out, expert, n_expert)
+                    recorder.saw_input(name, into, expert, n_expert, tokens=token)
+                    recorder.watch_output(name, into, out, expert, n_expert, tokens=token)
             weighted = self._biased("down", down, expert) * top_k_weights[token, slot, None]
             output = output.index_add(0, token, weighted)
         return output

@@ -1,29 +1,29 @@
 """The two streamed passes: forward through the blocks, and backward with recomputation.
 
-Windows of text run side by side in threads, each with one torch thread; what they measured is added in
-window order. So the result does not depend on the number of threads.
+Windows run side by side in threads, each with one torch thread; what they measured is added in window order. So the
+result does not depend on the number of threads. A window has its own length: nothing is padded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from mopeq_edge.calibrate.blocks import BlockModel
 from mopeq_edge.calibrate.experts import Recorder, Watch
+from mopeq_edge.calibrate.kinds import KindsRecorder, recorder_of
 from mopeq_edge.calibrate.states import HiddenStates
-from mopeq_edge.calibrate.statistics import Doubles, Sums
+from mopeq_edge.calibrate.statistics import Doubles, Tallies, new_tallies
+from mopeq_edge.calibrate.windows import Window
 from mopeq_edge.progress import Progress, Step
 
-Windows = npt.NDArray[np.int32]
 Positions = dict[str, Any]
 T = TypeVar("T")
 
@@ -59,112 +59,142 @@ def each_window(work: Callable[[int], T], n_windows: int, threads: int, step: St
 
 
 def forward(
-    model: BlockModel, windows: Windows, states: HiddenStates, *, keep: bool, threads: int, progress: Progress
-) -> tuple[Sums, dict[int, Doubles]]:
-    """Run all windows [n_windows, n_ctx] through all blocks, one block at a time.
+    model: BlockModel, windows: Sequence[Window], states: HiddenStates, *, keep: bool, threads: int, progress: Progress
+) -> Tallies:
+    """Run all windows through all blocks, one block at a time.
 
-    With ``keep`` slot i of ``states`` ends as the input of block i (slot n_layer: of the final norm), else
-    slot 0 is overwritten. Returns the activation sums and, by layer, each expert's sum of gate weights.
+    With ``keep`` slot i of ``states`` ends as the input of block i (slot n_layer: of the final norm), else slot 0 is
+    overwritten. Returns the activation sums, and each expert's sum of gate weights.
     """
-    n_windows, n_ctx = windows.shape
-    sums = Sums()
-    gate_weights: dict[int, Doubles] = {}
-    for window in range(n_windows):
-        states.put(0, window, model.embed(windows[window]))
-    with progress.step("calibrate: forward", model.n_layer * n_windows, "windows") as step:
+    found = new_tallies()
+    for number, window in enumerate(windows):
+        states.put(0, number, embedded(model, window))
+    with progress.step("calibrate: forward", model.n_layer * len(windows), "windows") as step:
         for layer in range(model.n_layer):
             slots = (layer, layer + 1) if keep else (0, 0)
-            positions = model.positions(n_ctx, layer)
+            positions = _positions(model, windows, layer)
             with model.block(layer) as block:
-                run = partial(_forward_window, model, block, positions, states, slots)
-                for recorder in each_window(run, n_windows, threads, step):
-                    sums.merge(recorder.activation)
-                    if recorder.gate_weights is not None:
-                        gate_weights[layer] = gate_weights.get(layer, 0.0) + recorder.gate_weights
-    return sums, gate_weights
+                run = partial(_forward_window, model, block, positions, windows, states, slots)
+                for recorder in each_window(run, len(windows), threads, step):
+                    for kind, own in recorder.by_kind().items():
+                        found[kind].activation.merge(own.activation)
+                        if own.gate_weights is not None:
+                            found[kind].add_gate_weights(layer, own.gate_weights)
+    return found
+
+
+def embedded(model: BlockModel, window: Window) -> Tensor:
+    """What block 0 reads [n_tokens, n_embd]: rows of the token embedding, and what pictures became as it is."""
+    if window.embeddings is None:
+        return model.embed(window.tokens)
+    seen = window.seen
+    rows = torch.empty(len(window), model.n_embd)
+    rows[torch.from_numpy(~seen)] = model.embed(window.tokens[~seen])
+    rows[torch.from_numpy(seen)] = torch.from_numpy(window.embeddings())
+    return rows
+
+
+def _positions(model: BlockModel, windows: Sequence[Window], layer: int) -> dict[int, Positions]:
+    """For every length of a window what block ``layer`` takes."""
+    return {n: model.positions(n, layer) for n in {len(window) for window in windows}}
 
 
 def output_sums(
     model: BlockModel,
+    windows: Sequence[Window],
     states: HiddenStates,
     slot: int,
-    n_windows: int,
     *,
     seed: int | None,
     threads: int,
     progress: Progress,
-) -> tuple[Sums, Sums]:
-    """Through the final norm to the logits. Returns activation and gradient sums of the output matrix.
+) -> Tallies:
+    """Through the final norm to the logits, where text is predicted. Activation and gradient sums of the output matrix.
 
-    With ``seed`` the labels are drawn from the model's own distribution and slot ``slot`` becomes the
-    gradient of the log-likelihood at the final norm's input; without it only activations are summed.
+    With ``seed`` the labels are drawn from the model's own distribution and slot ``slot`` becomes the gradient of the
+    log-likelihood at the final norm's input; without it only activations are summed.
     """
     name = model.output_name
     matrix = model.output_matrix()
-    activation, gradient = Sums(), Sums()
-    with progress.step("calibrate: output", n_windows, "windows") as step, model.final_norm() as norm:
+    found = new_tallies()
+    with progress.step("calibrate: output", len(windows), "windows") as step, model.final_norm() as norm:
 
-        def run(window: int) -> Recorder:
-            recorder = Recorder()
-            h = states.get(slot, window).requires_grad_(seed is not None)
-            x = norm(h)
-            flat = x.reshape(-1, x.shape[-1])
-            recorder.saw_input(name, flat)
+        def run(number: int) -> Recorder | KindsRecorder:
+            window = windows[number]
+            recorder = recorder_of(window)
+            tokens = torch.from_numpy(window.predicts_text.nonzero()[0])
+            h = states.get(slot, number).requires_grad_(seed is not None)
+            x = norm(h).reshape(-1, model.n_embd)[tokens]
+            recorder.saw_input(name, x, tokens=tokens)
             if seed is not None:
-                generator = torch.Generator().manual_seed(seed + window)
-                below = torch.empty_like(flat)
-                for part in token_parts(flat.shape[0], model.n_vocab):
-                    logits = (flat.detach()[part] @ matrix.T).mul_(model.logits_scale)
+                generator = torch.Generator().manual_seed(seed + number)
+                below = torch.empty_like(x)
+                for part in token_parts(len(x), model.n_vocab):
+                    logits = (x.detach()[part] @ matrix.T).mul_(model.logits_scale)
                     g = _sampled_gradient(logits, generator).mul_(model.logits_scale)
-                    recorder.saw_gradient(name, flat[part], g)
+                    recorder.saw_gradient(name, x[part], g, tokens=tokens[part])
                     below[part] = g @ matrix
-                (upstream,) = torch.autograd.grad(flat, h, below)
-                states.put(slot, window, upstream)
+                (upstream,) = torch.autograd.grad(x, h, below)
+                states.put(slot, number, upstream)
             return recorder
 
-        for recorder in each_window(run, n_windows, threads, step):
-            activation.merge(recorder.activation)
-            gradient.merge(recorder.gradient)
-    return activation, gradient
+        for recorder in each_window(run, len(windows), threads, step):
+            for kind, own in recorder.by_kind().items():
+                found[kind].activation.merge(own.activation)
+                found[kind].gradient.merge(own.gradient)
+    return found
 
 
 def backward(
-    model: BlockModel, windows: Windows, states: HiddenStates, *, threads: int, progress: Progress
-) -> tuple[Sums, Doubles]:
+    model: BlockModel, windows: Sequence[Window], states: HiddenStates, *, threads: int, progress: Progress
+) -> tuple[Tallies, Doubles]:
     """Gradients through all blocks from last to first; slot n_layer holds the gradient to start from.
 
     Each block is run again from its kept input. Returns the gradient sums of all matrices and, for the rows of the
-    token embedding before they are scaled, sum_t g_tj^2 [n_embd].
+    token embedding before they are scaled, sum_t g_tj^2 [n_embd] over the tokens of text: pictures look none up.
     """
-    n_windows, n_ctx = windows.shape
-    sums = Sums()
+    found = new_tallies()
     top = model.n_layer
-    with progress.step("calibrate: backward", model.n_layer * n_windows, "windows") as step:
+    with progress.step("calibrate: backward", model.n_layer * len(windows), "windows") as step:
         for layer in reversed(range(model.n_layer)):
-            positions = model.positions(n_ctx, layer)
+            positions = _positions(model, windows, layer)
             with model.block(layer) as block:
-                run = partial(_backward_window, model, block, positions, states, (layer, top))
-                for recorder in each_window(run, n_windows, threads, step):
-                    sums.merge(recorder.gradient)
+                run = partial(_backward_window, model, block, positions, windows, states, (layer, top))
+                for recorder in each_window(run, len(windows), threads, step):
+                    for kind, own in recorder.by_kind().items():
+                        found[kind].gradient.merge(own.gradient)
     embedding = np.zeros(model.n_embd)
-    for window in range(n_windows):
-        embedding += states.get(top, window).reshape(-1, model.n_embd).square().sum(dim=0, dtype=torch.float64).numpy()
-    return sums, embedding * model.embedding_scale**2
+    for number, window in enumerate(windows):
+        g = states.get(top, number).reshape(-1, model.n_embd)[torch.from_numpy(~window.seen)]
+        embedding += g.square().sum(dim=0, dtype=torch.float64).numpy()
+    return found, embedding * model.embedding_scale**2
 
 
 def _forward_window(
-    model: BlockModel, block: nn.Module, positions: Positions, states: HiddenStates, slots: tuple[int, int], window: int
-) -> Recorder:
-    recorder = Recorder()
-    forward_window(model, block, positions, states, slots, window, recorder)
+    model: BlockModel,
+    block: nn.Module,
+    positions: dict[int, Positions],
+    windows: Sequence[Window],
+    states: HiddenStates,
+    slots: tuple[int, int],
+    number: int,
+) -> Recorder | KindsRecorder:
+    recorder = recorder_of(windows[number])
+    forward_window(model, block, positions[len(windows[number])], states, slots, number, recorder)
     return recorder
 
 
 def _backward_window(
-    model: BlockModel, block: nn.Module, positions: Positions, states: HiddenStates, slots: tuple[int, int], window: int
-) -> Recorder:
-    recorder = Recorder()
-    backward_window(model, block, positions, states, slots, window, recorder)
+    model: BlockModel,
+    block: nn.Module,
+    positions: dict[int, Positions],
+    windows: Sequence[Window],
+    states: HiddenStates,
+    slots: tuple[int, int],
+    number: int,
+) -> Recorder | KindsRecorder:
+    recorder = recorder_of(windows[number])
+    backward_window(model, block, positions[len(windows[number])], states, slots, number, recorder)
     return recorder
 
 

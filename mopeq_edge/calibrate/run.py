@@ -1,8 +1,8 @@
-"""The calibrate stage on a Hugging Face directory: windows of text in, statistics out."""
+"""The calibrate stage on a Hugging Face directory: windows of text and pictures in, statistics out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +10,13 @@ import numpy as np
 from mopeq_edge.binding import Tokens
 from mopeq_edge.calibrate.blocks import BlockModel
 from mopeq_edge.calibrate.memory import return_large_blocks
+from mopeq_edge.calibrate.modalities import Modalities
 from mopeq_edge.calibrate.passes import backward, forward, one_torch_thread, output_sums
 from mopeq_edge.calibrate.states import HiddenStates
-from mopeq_edge.calibrate.statistics import Doubles, Routing, Sums
+from mopeq_edge.calibrate.statistics import TEXT, VISION, Tallies
 from mopeq_edge.calibrate.tokens import token_windows
-from mopeq_edge.imatrix import EMBEDDING, GRADIENT, LOOKUP, Imatrix
+from mopeq_edge.calibrate.windows import Window, text_windows
+from mopeq_edge.imatrix import EMBEDDING, LOOKUP
 from mopeq_edge.progress import Progress
 from mopeq_edge.sensitivity.pricing import Statistics
 from mopeq_edge.source.huggingface import HuggingFaceSource
@@ -54,59 +56,73 @@ def calibrate(
     scratch: Path,
     progress: Progress,
 ) -> Statistics:
-    """Stream ``windows`` [n_windows, n_ctx] through the model block by block.
+    """Statistics of text alone, ``windows`` [n_windows, n_ctx]; ``dataset`` names it. See :func:`calibrate_mixed`."""
+    measured = calibrate_mixed(
+        source,
+        text_windows(windows),
+        (dataset,),
+        n_ctx=windows.shape[1],
+        fisher=fisher,
+        seed=seed,
+        threads=threads,
+        scratch=scratch,
+        progress=progress,
+    )
+    return measured.statistics()
 
-    ``dataset`` names the text in the imatrix; ``fisher`` adds the backward pass, whose labels ``seed`` draws;
+
+def calibrate_mixed(
+    source: HuggingFaceSource,
+    windows: Sequence[Window],
+    datasets: tuple[str, ...],
+    *,
+    n_ctx: int,
+    fisher: bool,
+    seed: int,
+    threads: int,
+    scratch: Path,
+    progress: Progress,
+) -> Modalities:
+    """Stream ``windows`` through the model block by block; what text and what pictures do is kept apart.
+
+    ``datasets`` names what was read in the imatrix; ``fisher`` adds the backward pass, whose labels ``seed`` draws;
     ``scratch`` is a folder for states that do not fit in memory. The result does not depend on ``threads``.
+
+    Labels are drawn where text is predicted. Positions of pictures have none, but what text behind them does with
+    them: its gradient reaches them through attention, and says what an error there costs the text.
     """
     return_large_blocks()
-    n_windows, n_ctx = windows.shape
     model = BlockModel(source)
     slots = model.n_layer + 1 if fisher else 1
     last = slots - 1
-    gradient: Imatrix | None = None
-    states = HiddenStates(slots, n_windows, n_ctx, model.n_embd, scratch)
+    states = HiddenStates(slots, [len(window) for window in windows], model.n_embd, scratch)
+    ids = np.concatenate([window.tokens[~window.seen] for window in windows])
     try:
         with one_torch_thread():
-            sums, gate_weights = forward(model, windows, states, keep=fisher, threads=threads, progress=progress)
-            first_seed = seed * n_windows if fisher else None
-            out, out_gradient = output_sums(
-                model, states, last, n_windows, seed=first_seed, threads=threads, progress=progress
-            )
-            sums.merge(out)
+            found = forward(model, windows, states, keep=fisher, threads=threads, progress=progress)
+            first_seed = seed * len(windows) if fisher else None
+            output = output_sums(model, windows, states, last, seed=first_seed, threads=threads, progress=progress)
             if fisher:
                 gradients, embedding = backward(model, windows, states, threads=threads, progress=progress)
-                gradients.merge(out_gradient)
+                _merge(found, gradients)
+            _merge(found, output)
+            if fisher:
                 tied = model.output_name == EMBEDDING
-                gradients.add(LOOKUP if tied else EMBEDDING, 1, 0, embedding, windows.size)
-                gradient = _gradient_imatrix(gradients, sums, dataset, windows.shape)
+                found[TEXT].gradient.add(LOOKUP if tied else EMBEDDING, 1, 0, embedding, len(ids))
     finally:
         states.close()
-    entries, unrouted = sums.entries()
-    activation = Imatrix(entries, (dataset,), n_windows, n_ctx, unrouted=unrouted)
-    routing = Routing(
-        n_tokens=windows.size,
-        counts=_expert_counts(sums, model.n_layer),
-        gate_weights=gate_weights,
-        token_counts=np.bincount(windows.reshape(-1), minlength=model.n_vocab).astype(np.float64),
+    return Modalities(
+        tallies=found,
+        n_tokens={TEXT: len(ids), VISION: sum(map(len, windows)) - len(ids)},
+        token_counts=np.bincount(ids, minlength=model.n_vocab).astype(np.float64),
+        datasets=datasets,
+        n_windows=len(windows),
+        n_ctx=n_ctx,
+        n_pictures=sum(window.embeddings is not None for window in windows),
+        fisher=fisher,
     )
-    return Statistics(activation, gradient, routing)
 
 
-def _gradient_imatrix(gradients: Sums, activations: Sums, dataset: str, shape: tuple[int, ...]) -> Imatrix:
-    """Scaled so that the mean weight is 1: the quantizers work in float32 and raw gradients are tiny."""
-    for name, values in activations.values.items():
-        # a stack with experts that no gradient reached still needs its shape
-        if name in gradients.values or "_exps." not in name:
-            continue
-        gradients.values[name], gradients.counts[name] = np.zeros_like(values), np.zeros(len(values))
-    total = sum(float(v.sum()) for v in gradients.values.values())
-    weights = sum(float(gradients.counts[name].sum()) * v.shape[1] for name, v in gradients.values.items())
-    scale = total / weights if total > 0 else 1.0
-    entries, unrouted = gradients.entries(scale)
-    return Imatrix(entries, (dataset,), shape[0], shape[1], kind=GRADIENT, scale=scale, unrouted=unrouted)
-
-
-def _expert_counts(sums: Sums, n_layer: int) -> Mapping[int, Doubles]:
-    names = {layer: f"blk.{layer}.ffn_down_exps.weight" for layer in range(n_layer)}
-    return {layer: sums.counts[name] for layer, name in names.items() if name in sums.counts}
+def _merge(found: Tallies, further: Tallies) -> None:
+    for kind, own in further.items():
+        found[kind].merge(own)

@@ -1,9 +1,10 @@
-"""The blocks' inputs for all windows of text, in memory or in a scratch file."""
+"""The blocks' inputs for all windows, in memory or in a scratch file."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,12 @@ IN_MEMORY_BYTES = 2**30
 
 
 class HiddenStates:
-    """float32 [n_slots, n_windows, n_ctx, n_embd]; a slot is one block's input."""
+    """float32 [n_slots, n_tokens, n_embd], windows of ``lengths`` one behind the other; a slot is one block's input."""
 
-    def __init__(self, n_slots: int, n_windows: int, n_ctx: int, n_embd: int, scratch: Path) -> None:
-        shape = (n_slots, n_windows, n_ctx, n_embd)
+    def __init__(self, n_slots: int, lengths: Sequence[int], n_embd: int, scratch: Path) -> None:
+        ends = np.cumsum(lengths)
+        self._places = [slice(int(end) - n, int(end)) for n, end in zip(lengths, ends, strict=True)]
+        shape = (n_slots, int(ends[-1]), n_embd)
         self._file: Path | None = None
         if int(np.prod(shape)) * 4 <= IN_MEMORY_BYTES:
             self._data: np.ndarray = np.zeros(shape, dtype=np.float32)
@@ -33,11 +36,12 @@ class HiddenStates:
                 self._file.unlink()
 
     def get(self, slot: int, window: int) -> Tensor:
-        """A copy [1, n_ctx, n_embd] of one window's state."""
-        return torch.from_numpy(np.array(self._data[slot, window])).unsqueeze(0)
+        """A copy [1, n_tokens, n_embd] of one window's state."""
+        return torch.from_numpy(np.array(self._data[slot, self._places[window]])).unsqueeze(0)
 
     def put(self, slot: int, window: int, state: Tensor) -> None:
-        self._data[slot, window] = state.detach().reshape(self._data.shape[2:]).numpy()
+        place = self._data[slot, self._places[window]]
+        place[:] = state.detach().reshape(place.shape).numpy()
 
     def close(self) -> None:
         """Let go of the memory or the scratch file."""

@@ -20,6 +20,10 @@ Doubles = npt.NDArray[np.float64]
 
 FORMAT, VERSION = "mopeq-edge routing", "1"
 
+TEXT, VISION = "text", "vision"
+KINDS = (TEXT, VISION)
+"""Kinds of tokens: what the embedding matrix looked up, and what a picture became."""
+
 
 @dataclass
 class Sums:
@@ -45,6 +49,10 @@ class Sums:
             self.values[name] += values
             self.counts[name] += other.counts[name]
 
+    def scaled(self, factor: float) -> Sums:
+        """A copy with sums and tokens times ``factor``."""
+        return Sums(*({name: own * factor for name, own in found.items()} for found in (self.values, self.counts)))
+
     def entries(self, scale: float = 1.0) -> tuple[dict[str, Entry], tuple[str, ...]]:
         """Imatrix entries (sums divided by ``scale``) with the prior for never-routed experts."""
         raw = {
@@ -52,6 +60,40 @@ class Sums:
             for name, values in self.values.items()
         }
         return with_prior(raw)
+
+
+@dataclass
+class Tally:
+    """What was summed over tokens of one kind; ``gate_weights[layer]`` [n_expert]."""
+
+    activation: Sums = field(default_factory=Sums)
+    gradient: Sums = field(default_factory=Sums)
+    gate_weights: dict[int, Doubles] = field(default_factory=dict)
+
+    def merge(self, other: Tally) -> None:
+        """Add all of ``other``."""
+        self.activation.merge(other.activation)
+        self.gradient.merge(other.gradient)
+        for layer, weights in other.gate_weights.items():
+            self.add_gate_weights(layer, weights)
+
+    def add_gate_weights(self, layer: int, weights: Doubles) -> None:
+        """Add ``weights`` [n_expert]."""
+        self.gate_weights[layer] = self.gate_weights.get(layer, 0.0) + weights
+
+    def scaled(self, factor: float) -> Tally:
+        """A copy with everything times ``factor``."""
+        weights = {layer: own * factor for layer, own in self.gate_weights.items()}
+        return Tally(self.activation.scaled(factor), self.gradient.scaled(factor), weights)
+
+
+Tallies = Mapping[str, Tally]
+"""By kind of token."""
+
+
+def new_tallies() -> Tallies:
+    """Nothing of any kind yet."""
+    return {kind: Tally() for kind in KINDS}
 
 
 @dataclass(frozen=True)

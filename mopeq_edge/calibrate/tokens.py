@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from mopeq_edge.binding import LlamaModel, Tokens
@@ -18,11 +19,18 @@ def token_windows(kvs: Mapping[str, KV], text: str, n_ctx: int, n_chunks: int | 
     The tokenizer is llama.cpp's, loaded from the key-values alone, so these are the tokens of the finished
     file. Raises :class:`MopeqError` when the text does not fill one window.
     """
+    with vocabulary(kvs) as model:
+        return cut_text(model, text, n_ctx, n_chunks)
+
+
+@contextmanager
+def vocabulary(kvs: Mapping[str, KV]) -> Iterator[LlamaModel]:
+    """llama.cpp's tokenizer for a file with ``kvs``."""
     with tempfile.TemporaryDirectory(prefix="mopeq-edge-") as folder:
         path = Path(folder) / "vocabulary.gguf"
         path.write_bytes(layout(kvs, []).header)
         with LlamaModel(path, vocab_only=True) as model:
-            return cut_text(model, text, n_ctx, n_chunks)
+            yield model
 
 
 def split_text(text: str, held_out: float) -> tuple[str, str]:

@@ -71,7 +71,7 @@ def measure_traces(
     return_large_blocks()
     n_windows, n_ctx = windows.shape
     model = BlockModel(source)
-    states = HiddenStates(model.n_layer + 1, n_windows, n_ctx, model.n_embd, scratch)
+    states = HiddenStates(model.n_layer + 1, [n_ctx] * n_windows, model.n_embd, scratch)
     one_pass = (model.n_layer + 1) * n_windows
     total = one_pass + probes * 2 * (one_pass + model.n_layer * n_windows)
     try:

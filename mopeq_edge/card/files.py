@@ -13,6 +13,7 @@ from mopeq_edge.artifacts import read_json
 from mopeq_edge.card.metadata import Origin, origin_of_kvs
 from mopeq_edge.convert import VALIDATION_FORMAT
 from mopeq_edge.convert import VERSION as VALIDATION_VERSION
+from mopeq_edge.device_files import device_files
 from mopeq_edge.errors import FormatError, MopeqError
 from mopeq_edge.expert_groups.read import is_part
 from mopeq_edge.gguf_file import GGUFHeader
@@ -23,6 +24,8 @@ from mopeq_edge.source.roles import Role, role_of
 from mopeq_edge.split import read_parts
 from mopeq_edge.summary import summarise
 from mopeq_edge.validate.structure import find_plan
+from mopeq_edge.vision.description import vision_beside
+from mopeq_edge.vision.mmproj import mmproj_beside
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class CardFile:
     """``planner``, ``sensitivity``, ``quantized with`` and ``padding``, of the plan where it is known."""
     measured: Measured | None
     origin: Origin
+    beside: dict[str, int]
+    """Bytes by name of the files beside it that see pictures."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -77,6 +82,10 @@ def read_card_file(path: Path, work: Path, progress: Progress) -> CardFile:
     found = summarise(path)
     if found.architecture is None:
         raise MopeqError(f"{path}: no model but a file of type '{found.kind}'; give a GGUF of a model")
+    if found.projector is not None:
+        raise MopeqError(
+            f"{path}: is no model but what sees pictures for one; give the model that it is for, which names it too"
+        )
     plan, _ = find_plan(headers, work)
     kvs = headers[0]
     types: dict[str, Counter[str]] = {}
@@ -93,6 +102,8 @@ def read_card_file(path: Path, work: Path, progress: Progress) -> CardFile:
     real = expert_weights - (found.n_weights - n_weights)
     expert_bytes = found.bytes_by_role.get(Role.EXPERT.value, 0)
     dataset = _text(kvs, "quantize.imatrix.dataset")
+    eyes = [found for found in (vision_beside(path), mmproj_beside(path)) if found.is_file()]
+    beside = device_files(eyes[0]) if eyes else ()
     return CardFile(
         name=path.name,
         layout=found.layout,
@@ -102,7 +113,10 @@ def read_card_file(path: Path, work: Path, progress: Progress) -> CardFile:
         bpw=8 * found.tensor_bytes / n_weights,
         expert_bpw=8 * expert_bytes / real if real > 0 else None,
         types_by_role={role: dict(counts.most_common()) for role, counts in sorted(types.items())},
-        sha256={header.path.name: _sha256(header, progress) for header in headers},
+        sha256={
+            **{header.path.name: _sha256(header.path, header.file_size, progress) for header in headers},
+            **{file.name: _sha256(path.with_name(file.name), file.nbytes, progress) for file in beside},
+        },
         title=_text(kvs, "general.name") or path.name.removesuffix(".gguf"),
         version=_text(kvs, "mopeq.version"),
         plan_sha256=_text(kvs, PLAN_KEY),
@@ -112,6 +126,7 @@ def read_card_file(path: Path, work: Path, progress: Progress) -> CardFile:
         made=_made(plan) if plan is not None else {},
         measured=_measured(work / "validation.json", _text(kvs, PLAN_KEY), found.file_bytes),
         origin=origin_of_kvs(kvs.kvs),
+        beside={file.name: file.nbytes for file in beside},
     )
 
 
@@ -144,10 +159,9 @@ def _measured(path: Path, plan_sha256: str, file_bytes: int) -> Measured | None:
         raise FormatError(f"{path}: not a validation as convert writes it ({error!r}); convert again") from None
 
 
-def _sha256(header: GGUFHeader, progress: Progress) -> str:
+def _sha256(path: Path, file_bytes: int, progress: Progress) -> str:
     hasher = hashlib.sha256()
-    title = f"hashing {header.path.name}"
-    with header.path.open("rb") as file, progress.step(title, header.file_size, BYTES) as step:
+    with path.open("rb") as file, progress.step(f"hashing {path.name}", file_bytes, BYTES) as step:
         while chunk := file.read(1 << 22):
             hasher.update(chunk)
             step.advance(len(chunk))

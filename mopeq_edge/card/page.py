@@ -62,9 +62,13 @@ class Card:
         lines += yaml_lines("base_model_relation", "quantized" if origin.base_model else "")
         lines += yaml_lines("license", origin.license[0] if len(origin.license) == 1 else origin.license)
         lines += yaml_lines("license_name", origin.license_name) + yaml_lines("license_link", origin.license_link)
-        lines += yaml_lines("library_name", "gguf") + yaml_lines("pipeline_tag", "text-generation")
+        lines += yaml_lines("library_name", "gguf") + yaml_lines("pipeline_tag", self._task)
         lines += yaml_lines("language", origin.language) + yaml_lines("tags", self.tags)
         return "\n".join([*lines, "---"])
+
+    @property
+    def _task(self) -> str:
+        return "image-text-to-text" if any(file.beside for file in self.files) else "text-generation"
 
     def _table(self) -> str:
         measured = any(file.measured for file in self.files)
@@ -96,12 +100,17 @@ class Card:
         parts = ["## How to run"]
         stock = [file for file in self.files if file.layout != PER_EXPERT]
         grouped = [file for file in self.files if file.layout == PER_EXPERT]
-        if any(len(file.sha256) > 1 for file in self.files):
+        if any(len(file.sha256) > 1 + len(file.beside) for file in self.files):
             parts.append("Of a model in several files give the first; the others belong in the same directory.")
         if stock:
             name = shlex.quote(stock[0].name)
             parts.append(f"In any llama.cpp that knows {markdown(stock[0].architecture)}:")
             parts.append(f"```\nllama-cli -m {name} -p Hello\nllama-server -m {name} --port 8080\n```")
+        eyes = next((file for file in self.files if file.beside), None)
+        if eyes is not None:
+            sizes = ", ".join(f"{markdown(name)} ({n:,} bytes)" for name, n in eyes.beside.items())
+            parts.append(f"With pictures, from {sizes} in the same directory:")
+            parts.append(f"```\nmopeq-edge run {shlex.quote(eyes.name)} --image photo.jpg -p 'What is this?'\n```")
         if grouped:
             names = ", ".join(markdown(file.name) for file in grouped)
             name = shlex.quote(grouped[0].name)

@@ -28,15 +28,8 @@ if TYPE_CHECKING:
 @options.engine_options
 @click.option("--eval-text", type=FILE, help="Text to validate on (default: the calibration text's held-out tail).")
 @click.option("--no-evaluate", is_flag=True, help="Do not run the result in llama.cpp.")
-@click.option(
-    "--vision-type",
-    type=click.Choice(["F16", "F32", "INT8"]),
-    default="F16",
-    show_default=True,
-    help="Type of the matrices that see pictures, written beside OUT as .vision.onnx.",
-)
+@options.vision_options
 @click.option("--no-report", is_flag=True, help="Do not write OUT.report.html at the end.")
-@click.option("--text-only", is_flag=True, help="Leave out what sees pictures.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @options.work_option
 @options.source_options
@@ -79,6 +72,7 @@ def _run(model: Path | ModelURL, out: Path, given: dict[str, Any], progress: Any
     from mopeq_edge.atomic import atomic_write, check_output
     from mopeq_edge.calibrate.tokens import split_text
     from mopeq_edge.convert import HELD_OUT, ConvertRequest, convert, default_sensitivity
+    from mopeq_edge.device_files import device_files
     from mopeq_edge.evaluate.chunks import read_text
     from mopeq_edge.pipeline import open_context
     from mopeq_edge.split import check_parts
@@ -109,19 +103,7 @@ def _run(model: Path | ModelURL, out: Path, given: dict[str, Any], progress: Any
         evaluation_text = context.work.file("held-out.txt")
         with atomic_write(evaluation_text) as file:
             file.write(tail.encode())
-    calibration = options.calibration_request(
-        context.source.kind == "huggingface",
-        text,
-        words,
-        imatrix=given["imatrix"],
-        window=given["window"],
-        chunks=given["chunks"],
-        fisher=given["fisher"],
-        seed=given["seed"],
-        trace=given["trace"],
-        probes=given["probes"],
-        trace_chunks=given["trace_chunks"],
-    )
+    calibration = options.calibration_request(context.source.kind == "huggingface", text, words, given)
     if plan.sensitivity == "auto":
         plan = replace(plan, sensitivity=default_sensitivity(context, calibration))
     return convert(
@@ -138,6 +120,7 @@ def _run(model: Path | ModelURL, out: Path, given: dict[str, Any], progress: Any
             force=given["force"],
             fits=fits,
             vision=None if given["text_only"] else given["vision_type"],
+            beside=tuple(file for path in given["beside"] for file in device_files(path)),
         ),
     )
 
@@ -174,6 +157,9 @@ def _table(result: Converted, report: str) -> Any:
         ]
     if result.vision is not None:
         rows.append(("vision", result.vision.sentence()))
+    rows += [("beside it", f"{file.name}, {file.nbytes:,} bytes") for file in result.beside]
+    if result.beside_bytes:
+        rows.append(("the device loads", f"{result.device_bytes:,} bytes"))
     if result.fit is not None:
         rows.append(("memory", result.fit.sentence()))
     if result.forecast is not None:

@@ -11,13 +11,30 @@ import click
 from mopeq_edge.cli.console import FILE, available_threads
 
 _OWN = ("--image", "--vision")
-_THEIRS = ("--mmproj", "-mm", "--mmproj-url", "-mmu", "-hf", "-hfr", "--hf-repo")
+THEIRS = ("--mmproj", "-mm", "--mmproj-url", "-mmu", "-hf", "-hfr", "--hf-repo")
+"""Options of llama.cpp's tools that say what sees pictures."""
 
 
 def wants_images(args: Sequence[str]) -> bool:
     """Whether arguments of ``run`` ask for pictures, and not for llama-cli's own way to see them."""
     names = [arg.partition("=")[0] for arg in args]
-    return any(name in _OWN for name in names) and not any(name in _THEIRS for name in names)
+    return any(name in _OWN for name in names) and not any(name in THEIRS for name in names)
+
+
+def mmproj_for(file: Path, args: Sequence[str]) -> Path | None:
+    """What llama.cpp sees pictures with for ``file``: the mmproj beside it, unless there is a vision file of ours."""
+    from mopeq_edge.vision.description import vision_beside
+    from mopeq_edge.vision.mmproj import mmproj_beside
+
+    own = any(arg.partition("=")[0] == "--vision" for arg in args) or vision_beside(file).is_file()
+    found = mmproj_beside(file)
+    return found if not own and found.is_file() else None
+
+
+def one_answer(args: Sequence[str]) -> list[str]:
+    """llama-cli's option to end behind the answer, where there is a question and no wish to go on."""
+    names = {arg.partition("=")[0] for arg in args}
+    return ["--single-turn"] if names & {"-p", "--prompt"} and not names & {"-cnv", "--conversation"} else []
 
 
 @click.command(name="run", add_help_option=False)

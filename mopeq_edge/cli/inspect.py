@@ -11,6 +11,7 @@ from mopeq_edge.cli import options
 from mopeq_edge.cli.console import FILE, json_option
 
 if TYPE_CHECKING:
+    from mopeq_edge.calibrate.modalities import RoutingByKind
     from mopeq_edge.summary import Summary
 
 STACKS_SHOWN = 24
@@ -21,15 +22,25 @@ STACKS_SHOWN = 24
 @click.argument("model", type=FILE)
 @click.option("--types", default="default", show_default=True, help="Candidate types: default, k, all, or a list.")
 @click.option("--floor", "floors", multiple=True, help="ROLE=TYPE or ROLE=BITS: least type of a role.")
+@click.option("--work-dir", type=FILE, help="Also show which experts text and pictures went to there.")
 @options.source_options
 @json_option
-def inspect(model: Path, types: str, floors: tuple[str, ...], pre: str | None, keep_mtp: bool, as_json: bool) -> None:
+def inspect(
+    model: Path,
+    types: str,
+    floors: tuple[str, ...],
+    work_dir: Path | None,
+    pre: str | None,
+    keep_mtp: bool,
+    as_json: bool,
+) -> None:
     """Show architecture, experts, bytes by kind and the sizes that a plan for MODEL can have.
 
     A directory with an architecture that no converter of ours knows is asked through llama.cpp's own script, without
     converting it.
 
-    For a GGUF whose experts are in groups of different types: what they are, and what runs it.
+    For a GGUF whose experts are in groups of different types, or that sees pictures for another (mmproj): what it is,
+    and what runs it.
 
     \b
     Example:
@@ -39,17 +50,19 @@ def inspect(model: Path, types: str, floors: tuple[str, ...], pre: str | None, k
     from mopeq_edge.cli.console import print_json, print_table
     from mopeq_edge.describe import describe
     from mopeq_edge.pipeline import open_header
+    from mopeq_edge.pipeline_calibrate import load_routing_by_kind
     from mopeq_edge.plan.candidates import parse_floors, parse_types
     from mopeq_edge.plan.options import PlanOptions
-    from mopeq_edge.summary import summarise_grouped
+    from mopeq_edge.summary import summarise_finished
+    from mopeq_edge.workdir import WorkDirectory
 
-    grouped = summarise_grouped(model)
-    if grouped is not None:
+    finished = summarise_finished(model)
+    if finished is not None:
         if as_json:
-            print_json(grouped.as_dict())
+            print_json(finished.as_dict())
             return
-        click.echo(grouped.sentence())
-        print_table(_grouped_table(grouped))
+        click.echo(finished.sentence())
+        print_table(_finished_table(finished))
         return
     request = PlanOptions("weight-mse", parse_types(types), parse_floors(floors))
 
@@ -60,15 +73,16 @@ def inspect(model: Path, types: str, floors: tuple[str, ...], pre: str | None, k
 
     source = open_header(model, pre=pre, keep_mtp=keep_mtp, before_script=note)
     found = describe(source, request, options.CALIBRATION_NAME)
+    by_kind = load_routing_by_kind(WorkDirectory(work_dir)) if work_dir is not None else None
     if as_json:
-        print_json(found.as_dict())
+        print_json({**found.as_dict(), "modalities": by_kind.as_dict() if by_kind is not None else None})
         return
     for warning in source.warnings:
         click.echo(f"note: {warning.replace(str(source.path), str(model))}", err=True)
-    print_table(_table(model, found))
+    print_table(_table(model, found, by_kind))
 
 
-def _table(model: Path, found: Any) -> Any:
+def _table(model: Path, found: Any, by_kind: RoutingByKind | None) -> Any:
     from mopeq_edge.cli.console import rows_table
     from mopeq_edge.units import format_bytes
 
@@ -84,11 +98,12 @@ def _table(model: Path, found: Any) -> Any:
     rows += [
         ("smallest plan", f"{found.smallest_bytes:,} bytes ({format_bytes(found.smallest_bytes)})"),
         ("largest plan", f"{found.largest_bytes:,} bytes ({format_bytes(found.largest_bytes)})"),
+        *(by_kind.rows() if by_kind is not None else []),
     ]
     return rows_table(str(model), rows)
 
 
-def _grouped_table(found: Summary) -> Any:
+def _finished_table(found: Summary) -> Any:
     from mopeq_edge.cli.console import rows_table
     from mopeq_edge.source.roles import projection_of
     from mopeq_edge.summary import experts_by_type
@@ -97,14 +112,17 @@ def _grouped_table(found: Summary) -> Any:
     def mix(sizes: dict[str, int], show: Any) -> str:
         return ", ".join(f"{name} {show(size)}" for name, size in sizes.items())
 
-    rows = [
-        ("architecture", f"{found.architecture}, gguf"),
-        ("layers", str(found.n_layer)),
-        ("experts", f"{found.n_expert}, {found.n_expert_used} used per token"),
+    rows = [("architecture", f"{found.architecture}, gguf")]
+    if found.stacks:
+        rows.append(("layers", str(found.n_layer)))
+        rows.append(("experts", f"{found.n_expert}, {found.n_expert_used} used per token"))
+    rows += [
         ("weights", f"{found.n_weights:,}"),
         ("file", f"{found.file_bytes:,} bytes ({found.bpw:.3f} bpw)"),
         ("types", mix(found.bytes_by_type, format_bytes)),
     ]
+    if not found.stacks:
+        return rows_table(str(found.path), rows)
     if len(found.stacks) <= STACKS_SHOWN:
         rows += [(stack.name.removesuffix(".weight"), mix(experts_by_type([stack]), str)) for stack in found.stacks]
         return rows_table(f"{found.path}, experts by type", rows)

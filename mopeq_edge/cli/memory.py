@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 @click.option("--no-repack", is_flag=True, help="No copies of weights in the CPU's own order.")
 @click.option("--no-flash-attn", is_flag=True, help="llama.cpp's --flash-attn off.")
 @click.option("--swa-full", is_flag=True, help="Layers with a sliding window keep the whole context.")
-@click.option("--mmproj", type=FILE, help="A vision model beside it.")
+@click.option("--mmproj", type=FILE, help="What sees pictures for it (default: mmproj-MODEL if that lies beside).")
+@click.option("--vision", "eyes", type=FILE, help="What sees pictures (default: the .vision.onnx beside MODEL).")
+@click.option("--text-only", is_flag=True, help="Without what sees pictures.")
 @click.option("--model", "source", type=FILE, help="The source of a plan.json.")
 @click.option("--memory", help="Judge for a device with so much memory, e.g. 8GiB (default: what is free here).")
 @click.option("--unified/--no-unified", default=None, help="Whether the GPU shares the memory (default: as here).")
@@ -60,6 +62,8 @@ def memory(
     no_flash_attn: bool,
     swa_full: bool,
     mmproj: Path | None,
+    eyes: Path | None,
+    text_only: bool,
     source: Path | None,
     memory: str | None,
     unified: bool | None,
@@ -85,8 +89,11 @@ def memory(
     from mopeq_edge.memory.predict import predict
     from mopeq_edge.memory.repack import this_cpu
     from mopeq_edge.memory.settings import CACHE_TYPES, Settings
+    from mopeq_edge.memory.tower import tower_of_file
     from mopeq_edge.memory.verdict import judge, parse_memory
     from mopeq_edge.split import read_parts
+    from mopeq_edge.vision.description import vision_beside
+    from mopeq_edge.vision.mmproj import mmproj_beside
 
     settings = Settings(
         ctx=ctx,
@@ -104,9 +111,13 @@ def memory(
         threads=threads,
     )
     found = replace(open_model(model, source, pre, keep_mtp), name=os.fspath(model))
+    if mmproj is None and not text_only and mmproj_beside(model).is_file():
+        mmproj = mmproj_beside(model)
     vision = read_parts(mmproj) if mmproj is not None else ()
     cpu = this_cpu()
-    prediction = predict(found, settings, cpu, vision)
+    if eyes is None and not text_only and vision_beside(model).is_file():
+        eyes = vision_beside(model)
+    prediction = predict(found, settings, cpu, vision, tower_of_file(eyes) if eyes is not None else None)
     device = probe()
     limit = parse_memory(memory) if memory is not None else device.usable
     shared = bool(device.unified) if unified is None else unified
@@ -127,6 +138,7 @@ def open_model(path: Path, source: Path | None, pre: str | None, keep_mtp: bool 
     from mopeq_edge.errors import SourceError
     from mopeq_edge.memory.model import model_of_gguf, model_of_plan, model_of_source
     from mopeq_edge.split import read_parts
+    from mopeq_edge.vision.mmproj import is_mmproj
 
     def as_stored(directory: Path) -> Source:
         # a GGUF needs no converters
@@ -149,7 +161,10 @@ def open_model(path: Path, source: Path | None, pre: str | None, keep_mtp: bool 
         raise SourceError(f"{path}: --model is for a plan.json; leave it out")
     if path.is_dir():
         return model_of_source(as_stored(path))
-    return model_of_gguf(read_parts(path))
+    parts = read_parts(path)
+    if is_mmproj(parts[0]):
+        raise SourceError(f"{path}: is no model but what sees pictures for one; give the model, and this with --mmproj")
+    return model_of_gguf(parts)
 
 
 def _as_dict(
@@ -193,6 +208,8 @@ def _print(
     rows.append(("resident", both(prediction.host)))
     if prediction.peak > prediction.host:
         rows.append(("while loading", both(prediction.peak)))
+    if prediction.tower:
+        rows.append(("seeing, before the model is loaded", f"{both(prediction.tower)} (estimated)"))
     if prediction.droppable:
         rows.append(("needed", f"{both(prediction.needed)}, without pages that nothing reads again"))
     if prediction.gpu:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mopeq_edge.engine.interface import Engine
     from mopeq_edge.pipeline_calibrate import CalibrationRequest
     from mopeq_edge.pipeline_fits import FitsRequest
+    from mopeq_edge.pipeline_pictures import PicturesRequest
     from mopeq_edge.plan.budget import Budget
     from mopeq_edge.plan.options import PlanOptions
     from mopeq_edge.progress import Progress
@@ -68,6 +69,16 @@ calibration_options = _stack(
         "--fisher/--no-fisher", default=None, help="Also the gradient-weighted imatrix (default: for a checkpoint)."
     ),
     click.option("--seed", type=int, default=1, show_default=True, help="Draws labels and probes."),
+    click.option(
+        "--images", type=FILE, help="Also calibrate on the pictures of this folder, each with the text of its NAME.txt."
+    ),
+    click.option("--max-images", type=click.IntRange(min=1), default=32, show_default=True, help="Pictures, at most."),
+    click.option(
+        "--vision-weight",
+        default="0.5",
+        show_default=True,
+        help="Share of the pictures' tokens in all statistics, 0 to 1, or tokens: as many as there are.",
+    ),
     click.option(
         "--trace", is_flag=True, help="Also Hessian traces for --sensitivity trace: two more passes for each probe."
     ),
@@ -130,15 +141,36 @@ def split_bytes(given: Mapping[str, Any]) -> int | None:
 
 
 budget_options = _stack(
-    click.option("--target-gb", type=float, help="Largest file, in GB (1e9 bytes)."),
-    click.option("--target-gib", type=float, help="Largest file, in GiB (2^30 bytes)."),
-    click.option("--target-bpw", type=float, help="Most bits per weight, as llama.cpp counts them."),
+    click.option("--target-gb", type=float, help="Most bytes that the device loads, in GB (1e9 bytes)."),
+    click.option("--target-gib", type=float, help="Most bytes that the device loads, in GiB (2^30 bytes)."),
+    click.option("--target-bpw", type=float, help="Most bits per weight of the GGUF, as llama.cpp counts them."),
     click.option("--fits", help="Instead: memory that llama.cpp may take with the next options, e.g. 6GiB."),
     click.option("--ctx", type=click.IntRange(min=1), help="--fits: tokens of context."),
     click.option("--parallel", type=click.IntRange(min=1), help="--fits: llama-server's slots (default: 1)."),
     click.option("--cache-type", type=click.Choice(CACHE_TYPES), help="--fits: type of K and V (default: f16)."),
     click.option("--ngl", type=click.IntRange(min=0), help="--fits: layers on a GPU that shares the memory."),
 )
+
+vision_options = _stack(
+    click.option(
+        "--vision-type",
+        type=click.Choice(["F16", "F32", "INT8", "BF16", "Q8_0"]),
+        default="F16",
+        show_default=True,
+        help="Type of the matrices that see pictures, in OUT's .vision.onnx (F16, F32, INT8) or, where llama.cpp sees "
+        "with the model, in mmproj-OUT (F16, F32, BF16, Q8_0); they are part of the budget.",
+    ),
+    click.option("--text-only", is_flag=True, help="Leave out what sees pictures."),
+    click.option(
+        "--beside",
+        "beside",
+        type=FILE,
+        multiple=True,
+        help="Another file that the device loads (a draft model, say): its bytes are part of the budget.",
+    ),
+)
+"""``--vision-type``, ``--text-only`` and ``--beside``: what a device loads beside the GGUF."""
+
 
 _FITS = ("ctx", "parallel", "cache_type", "ngl")
 """Options that belong to ``--fits``."""
@@ -283,6 +315,10 @@ def check_before_script(model: Path | ModelURL, given: Mapping[str, Any], *texts
             f"{model}: gradients need an architecture that we have a converter for, and this one goes through a GGUF; "
             "leave out --fisher and --trace and use --sensitivity imatrix"
         )
+    if given["images"] is not None:
+        raise CalibrationError(
+            f"{model}: --images needs a model whose vision side is known here, a DeepSeek-VL2 or MolmoE; leave it out"
+        )
     if texts[0] is None and given["imatrix"] is None:
         raise CalibrationError(f"{model}: no text to calibrate on; give --text FILE or --imatrix FILE")
     for text in texts:
@@ -291,26 +327,42 @@ def check_before_script(model: Path | ModelURL, given: Mapping[str, Any], *texts
 
 
 def calibration_request(
-    has_gradients: bool,
-    text: Path | None,
-    words: str,
-    *,
-    imatrix: Path | None,
-    window: int,
-    chunks: int,
-    fisher: bool | None,
-    seed: int,
-    trace: bool,
-    probes: int,
-    trace_chunks: int,
+    has_gradients: bool, text: Path | None, words: str, given: Mapping[str, Any]
 ) -> CalibrationRequest:
-    """The request; ``has_gradients``: the model can give the gradient-weighted imatrix, so it is made by default."""
+    """What the options of :data:`calibration_options` ask for, with the ``words`` of ``text``.
+
+    ``has_gradients``: the model can give the gradient-weighted imatrix, so it is made by default.
+    """
     from mopeq_edge.pipeline_calibrate import CalibrationRequest, TraceRequest
 
-    wanted = has_gradients if fisher is None else fisher
-    name = text.name if text is not None else ""
-    traces = TraceRequest(trace_chunks, probes) if trace else None
-    return CalibrationRequest(words, name, window, chunks, wanted and imatrix is None, seed, imatrix, traces)
+    wanted = has_gradients if given["fisher"] is None else given["fisher"]
+    return CalibrationRequest(
+        text=words,
+        dataset=text.name if text is not None else "",
+        n_ctx=given["window"],
+        chunks=given["chunks"],
+        fisher=wanted and given["imatrix"] is None,
+        seed=given["seed"],
+        imatrix=given["imatrix"],
+        trace=TraceRequest(given["trace_chunks"], given["probes"]) if given["trace"] else None,
+        pictures=_pictures_request(given),
+    )
+
+
+def _pictures_request(given: Mapping[str, Any]) -> PicturesRequest | None:
+    from mopeq_edge.errors import CalibrationError
+    from mopeq_edge.pipeline_pictures import PicturesRequest
+
+    if given["images"] is None:
+        return None
+    said = given["vision_weight"]
+    try:
+        weight = None if said == "tokens" else float(said)
+    except ValueError:
+        weight = -1.0
+    if weight is not None and not 0 <= weight <= 1:
+        raise CalibrationError(f"--vision-weight {said}: expected a share from 0 to 1, or tokens")
+    return PicturesRequest(given["images"], given["max_images"], weight)
 
 
 def work_directory(work_dir: Path | None, model: Path | ModelURL) -> Path:

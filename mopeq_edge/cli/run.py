@@ -14,11 +14,12 @@ import click
 
 from mopeq_edge import interrupts
 from mopeq_edge.cli.console import FILE
+from mopeq_edge.cli.image import THEIRS
 from mopeq_edge.errors import RuntimeMissingError
 from mopeq_edge.runtime.choose import BUILDS, prepare_start
 from mopeq_edge.runtime.server_host import host_arguments
 
-_Command = Callable[[str, Path, tuple[str, ...]], None]
+_Command = Callable[..., None]
 
 
 def _arguments(command: _Command) -> _Command:
@@ -51,15 +52,19 @@ def run(build: str, file: Path, args: tuple[str, ...]) -> None:
 
     With --image PICTURE, which may be given again, pictures are seen through FILE's .vision.onnx (or --vision V), and
     llama.cpp's library answers -p QUESTION; then ARGS may also be -n, -c, -t, --temp, --top-k, --top-p, --seed, -ngl.
+    Where mmproj-FILE lies beside instead, llama-cli sees with it; with -p QUESTION it ends behind the answer.
 
     \b
     Example:
       mopeq-edge run out.gguf -n 64 -p Hello
       mopeq-edge run out.gguf --image photo.jpg -p "What is this?"
     """
-    from mopeq_edge.cli.image import run_with_images, wants_images
+    from mopeq_edge.cli.image import mmproj_for, one_answer, run_with_images, wants_images
 
     if wants_images(args):
+        if (mmproj := mmproj_for(file, args)) is not None:
+            # not llama-mtmd-cli, which ends before it has written all that it said
+            _start("llama-cli", build, file, ["--mmproj", str(mmproj), *one_answer(args), *args])
         if build != "auto":
             raise click.UsageError(f"--build {build}: with --image llama.cpp's library is used; set LLAMA_CPP_LIB_PATH")
         run_with_images(file, args)
@@ -68,18 +73,37 @@ def run(build: str, file: Path, args: tuple[str, ...]) -> None:
 
 
 @click.command(context_settings=_SETTINGS)
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "library", "llama-server"]),
+    default="auto",
+    help="What answers: auto is llama-server, but llama.cpp's library where FILE's .vision.onnx lies beside.",
+)
 @_arguments
-def serve(build: str, file: Path, args: tuple[str, ...]) -> None:
+def serve(engine: str, build: str, file: Path, args: tuple[str, ...]) -> None:
     """Serve FILE with llama-server; ARGS go to it as they are.
 
     Per-expert files run in the llama.cpp that mopeq-edge patches and installs, all others in any. What follows
     FILE, also after a --, is llama-server's: mopeq-edge serve FILE -- --help shows its help. It listens on 127.0.0.1
-    unless --host names another address; --api-key KEY is for what other machines reach.
+    unless --host names another address; --api-key KEY is for what other machines reach. Where mmproj-FILE lies beside,
+    it is given to llama-server too.
+
+    Where FILE's .vision.onnx lies beside, mopeq-edge itself answers, by llama.cpp's library: chat with pictures, and
+    completions with log-probabilities, in OpenAI's API (docs/serve.md). Then ARGS are --host, --port, --api-key, -c,
+    -t, -ngl, --alias, --vision, --text-only, --keep-tower, --no-cache-prompt, --waiting, --max-body, --max-pixels.
 
     \b
     Example:
       mopeq-edge serve out.gguf --port 8080
     """
+    from mopeq_edge.cli.server import serve_with_library, wants_library
+
+    passed = args[1:] if args[:1] == ("--",) else args
+    if engine == "library" or (engine == "auto" and wants_library(file, passed)):
+        if build != "auto":
+            raise click.UsageError(f"--build {build}: llama.cpp's library answers; set LLAMA_CPP_LIB_PATH")
+        serve_with_library(file, passed)
+        return
     _start("llama-server", build, file, args)
 
 
@@ -93,6 +117,7 @@ def _start(name: str, build: str, file: Path, args: Sequence[str]) -> NoReturn:
         added, warning = host_arguments(passed, os.environ)
         if warning is not None:
             click.echo(warning, err=True)
+        added += mmproj_arguments(file, passed)
     command = [str(start.program), "-m", str(file), *added, *passed]
     try:
         if os.name == "posix":
@@ -102,6 +127,18 @@ def _start(name: str, build: str, file: Path, args: Sequence[str]) -> NoReturn:
         raise RuntimeMissingError(
             f"{start.program} could not start: {error.strerror}; run: mopeq-edge runtime install --force"
         ) from error
+
+
+def mmproj_arguments(file: Path, given: Sequence[str]) -> list[str]:
+    """llama-server's option for the mmproj beside ``file``, unless the user says which or none."""
+    from mopeq_edge.vision.mmproj import mmproj_beside
+
+    found = mmproj_beside(file)
+    named = {arg.partition("=")[0] for arg in given} & {*THEIRS, "--no-mmproj"}
+    if named or "LLAMA_ARG_MMPROJ" in os.environ or not found.is_file():
+        return []
+    click.echo(f"{file}: sees pictures through {found.name}", err=True)
+    return ["--mmproj", str(found)]
 
 
 def _replace_this_process(command: list[str]) -> NoReturn:

@@ -12,7 +12,9 @@ from mopeq_edge.cli import options
 from mopeq_edge.cli.console import FILE, MODEL, json_option, threads_option
 
 if TYPE_CHECKING:
+    from mopeq_edge.device_files import DeviceFile
     from mopeq_edge.engine.interface import Engine
+    from mopeq_edge.memory.tower import TowerMemory
     from mopeq_edge.pipeline import Context
     from mopeq_edge.pipeline_calibrate import Calibrated
     from mopeq_edge.pipeline_context import BeforeScript
@@ -58,10 +60,10 @@ def _finished_calibration(context: Context) -> Calibrated:
 @threads_option
 @json_option
 def calibrate(model: Path | ModelURL, **given: Any) -> None:
-    """Run text through MODEL and keep its statistics in the work directory.
+    """Run text, and pictures, through MODEL and keep the statistics in the work directory.
 
     Leaves imatrix.gguf, with --fisher gradient.gguf (both serve llama-quantize too), and the routing; with
-    --trace also trace.safetensors.
+    --trace also trace.safetensors, with --images also modalities.safetensors: text and pictures apart.
 
     \b
     Example:
@@ -70,20 +72,16 @@ def calibrate(model: Path | ModelURL, **given: Any) -> None:
     from mopeq_edge.alone import alone
     from mopeq_edge.cli.console import console_progress, print_json, print_table, rows_table
     from mopeq_edge.evaluate.chunks import read_text
-    from mopeq_edge.pipeline_calibrate import run_calibrate
+    from mopeq_edge.pipeline_calibrate import load_routing_by_kind, run_calibrate
 
     with console_progress() as progress, alone(options.work_directory(given["work_dir"], model)):
         text = options.calibration_text(model, given["text"], given["imatrix"])
         context = _context(model, given, progress, lambda _: options.check_before_script(model, given, text))
-        names = ("imatrix", "window", "chunks", "fisher", "seed", "trace", "probes", "trace_chunks")
-        request = options.calibration_request(
-            context.source.kind == "huggingface",
-            text,
-            read_text(text) if text is not None else "",
-            **{name: given[name] for name in names},
-        )
+        words = read_text(text) if text is not None else ""
+        request = options.calibration_request(context.source.kind == "huggingface", text, words, given)
         statistics = run_calibrate(context, request).statistics
     routing, imatrix, traces = statistics.routing, statistics.activation, statistics.traces
+    by_kind = load_routing_by_kind(context.work)
     left = [*context.work.files("calibrate"), *(context.work.files("trace") if traces is not None else ())]
     summary = {
         "tokens": routing.n_tokens if routing is not None else 0,
@@ -91,12 +89,14 @@ def calibrate(model: Path | ModelURL, **given: Any) -> None:
         "gradient_imatrix": statistics.gradient is not None,
         "never_routed": list(imatrix.unrouted) if imatrix is not None else [],
         "files": {name: str(context.work.file(name)) for name in left},
+        "modalities": by_kind.as_dict() if by_kind is not None else None,
         "trace": traces.summary() if traces is not None else None,
     }
     if given["as_json"]:
         print_json(summary)
         return
     rows = [("tokens", f"{summary['tokens']:,}"), ("imatrix entries", str(summary["entries"]))]
+    rows += by_kind.rows() if by_kind is not None else []
     rows += [(name, str(context.work.file(name))) for name in left]
     if traces is not None:
         rows.append(("trace", traces.sentence()))
@@ -149,6 +149,7 @@ def sensitivity(model: Path | ModelURL, **given: Any) -> None:
 @click.command()
 @click.argument("model", type=MODEL)
 @options.budget_options
+@options.vision_options
 @options.plan_options
 @options.split_option
 @click.option("-o", "--output", type=FILE, help="Where to write the plan (default: plan.json in the work directory).")
@@ -159,6 +160,9 @@ def sensitivity(model: Path | ModelURL, **given: Any) -> None:
 @json_option
 def plan(model: Path | ModelURL, **given: Any) -> None:
     """Choose a type for every tensor of MODEL under a byte budget; needs a finished sensitivity.
+
+    Of a model that sees pictures the budget is for both sides, as convert writes them. The name of its vision file,
+    which its bytes depend on, is that of the work directory, or give the file that there is with --beside.
 
     --planner mopeq is the paper's (arXiv 2509.02512): precisions by the experts' scores alone. Without a
     target the size comes out; with one the map grows or shrinks to fit.
@@ -185,6 +189,11 @@ def plan(model: Path | ModelURL, **given: Any) -> None:
         table = load_sensitivity(context.work)
         if request.sensitivity == "auto":
             request = replace(request, sensitivity=next(s for s in BEST if s in table.scores))
+        tower, beside = _beside(context, given)
+        if fits is not None:
+            fits = replace(fits, tower=tower, beside=beside)
+        if budget is not None:
+            budget = replace(budget, beside=(*(tower.files if tower is not None else ()), *beside))
         fit: Fit | None = None
         if fits is None:
             made = run_plan(context, table, calibrated.statistics, budget, request)
@@ -202,6 +211,27 @@ def plan(model: Path | ModelURL, **given: Any) -> None:
         print_json({**made.as_dict(), **{k: v.as_dict() if v is not None else None for k, v in further.items()}})
     else:
         print_table(plan_table(made, comparison, fit))
+
+
+def _beside(context: Context, given: dict[str, Any]) -> tuple[TowerMemory | None, tuple[DeviceFile, ...]]:
+    """What the device loads beside the GGUF: the vision file, the one that is given or the one to come, and others."""
+    from mopeq_edge.device_files import device_files
+    from mopeq_edge.memory.tower import tower_of_file
+    from mopeq_edge.pipeline_vision import planned_mmproj, planned_tower
+    from mopeq_edge.vision.description import ENDING
+    from mopeq_edge.vision.mmproj import PREFIX
+
+    seen = [path for path in given["beside"] if path.name.endswith(ENDING)]
+    others = tuple(file for path in given["beside"] if path not in seen for file in device_files(path))
+    if given["text_only"]:
+        return None, others
+    if seen:
+        return tower_of_file(seen[-1]), others
+    name = context.work.path.name.removesuffix(".mopeq")
+    tower = planned_tower(context.source, f"{name}{ENDING}", given["vision_type"])
+    if tower is None and not any(path.name.startswith(PREFIX) for path in given["beside"]):
+        others += planned_mmproj(context, Path(f"{name}.gguf"), given["vision_type"])
+    return tower, others
 
 
 def plan_table(made: Plan, comparison: Forecast | None, fit: Fit | None) -> Any:

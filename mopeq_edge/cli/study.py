@@ -159,13 +159,8 @@ def _setup(model: Path, given: dict[str, Any], progress: Progress) -> Setup:
         progress=progress,
         before_script=lambda _: options.check_before_script(model, given, text),
     )
-    names = ("imatrix", "window", "chunks", "fisher", "seed", "trace", "probes", "trace_chunks")
-    request = options.calibration_request(
-        context.source.kind == "huggingface",
-        text,
-        read_text(text) if text is not None else "",
-        **{name: given[name] for name in names},
-    )
+    words = read_text(text) if text is not None else ""
+    request = options.calibration_request(context.source.kind == "huggingface", text, words, given)
     types = tuple(sorted({*parse_types(given["types"]), *BITS.values()}, key=lambda kind: (kind.bpw, kind.name)))
     return prepare(context, request, types, held_out, n_ctx=given["eval_ctx"], n_windows=given["windows"])
 

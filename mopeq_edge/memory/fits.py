@@ -47,8 +47,12 @@ class FileBudget:
         )
 
 
-def file_budget(model: Model, settings: Settings, cpu: Cpu, memory: int, headroom: float = HEADROOM) -> FileBudget:
+def file_budget(
+    model: Model, settings: Settings, cpu: Cpu, memory: int, headroom: float = HEADROOM, beside: int = 0
+) -> FileBudget:
     """The largest file of ``model``, in whatever types, that runs with ``settings`` in ``memory`` bytes.
+
+    ``beside``: bytes that are taken at the same time by something else.
 
     ``model`` may be stored in any types. Every weight counts once: copies that llama.cpp makes for the CPU leave pages
     of the file behind that nothing reads again. With layers on a GPU, ``memory`` is what both share. Raises
@@ -56,7 +60,7 @@ def file_budget(model: Model, settings: Settings, cpu: Cpu, memory: int, headroo
     """
     kept = int(memory * headroom)
     variants = [model, *(_in_type(model, BY_NAME[name]) for name in TRIED_TYPES)]
-    rest = max(_rest(predict(variant, settings, cpu), variant) for variant in variants)
+    rest = max(_rest(predict(variant, settings, cpu), variant) for variant in variants) + beside
     budget = memory - kept - rest
     if budget <= 0:
         raise PlanError(

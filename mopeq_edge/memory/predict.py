@@ -15,6 +15,7 @@ from mopeq_edge.memory.model import Model
 from mopeq_edge.memory.overhead import CUDA_CONTEXT_BYTES, PROGRAM_FILE_BYTES, program_bytes
 from mopeq_edge.memory.repack import Cpu
 from mopeq_edge.memory.settings import Resolved, Settings, resolve
+from mopeq_edge.memory.tower import LEFT_BYTES, TowerMemory
 from mopeq_edge.memory.weights import place_weights
 from mopeq_edge.memory.work_buffer import WorkBuffer
 
@@ -46,6 +47,8 @@ class Prediction:
     resolved: Resolved
     exact_graph: bool
     loading: int
+    tower: int = 0
+    """Memory of what sees pictures, which is gone before the model is loaded."""
 
     def total(self, *places: str) -> int:
         """Bytes in ``places``, or in all."""
@@ -58,8 +61,8 @@ class Prediction:
 
     @property
     def peak(self) -> int:
-        """The most that is resident in the host's memory, loading included."""
-        return max(self.host, self.loading)
+        """The most that is resident in the host's memory, loading and seeing included."""
+        return max(self.host, self.loading, self.tower)
 
     @property
     def droppable(self) -> int:
@@ -68,7 +71,7 @@ class Prediction:
     @property
     def needed(self) -> int:
         """Host memory that has to be there for full speed: without the pages that nothing reads again."""
-        return self.host - self.droppable
+        return max(self.host - self.droppable, self.tower)
 
     @property
     def gpu(self) -> int:
@@ -84,6 +87,7 @@ class Prediction:
             "parts": [asdict(part) for part in self.parts],
             "settings": asdict(self.resolved),
             "exact_compute_buffer": self.exact_graph,
+            "tower_bytes": self.tower,
             **{"host_bytes": self.host, "peak_bytes": self.peak, "needed_bytes": self.needed, "gpu_bytes": self.gpu},
             **{f"{place}_bytes": self.total(place) for place in PLACES},
         }
@@ -97,16 +101,25 @@ WEIGHTS_GPU = "weights"
 STAGING = "left of reading them"
 CACHE, COMPUTE, OUTPUT = "KV cache", "compute buffer", "output buffer"
 WORK, PROGRAM, LIBRARIES, VISION = "CPU work buffer", "llama.cpp itself", "program and libraries", "vision model"
+PYTHON = "Python, for pictures"
 
 
-def predict(model: Model, settings: Settings, cpu: Cpu, vision: tuple[GGUFHeader, ...] = ()) -> Prediction:
+def predict(
+    model: Model,
+    settings: Settings,
+    cpu: Cpu,
+    vision: tuple[GGUFHeader, ...] = (),
+    tower: TowerMemory | None = None,
+) -> Prediction:
     """What llama.cpp takes for ``model`` with ``settings`` on ``cpu``; ``vision`` is an mmproj file beside it.
+
+    With a ``tower`` it runs in Python, behind what sees pictures.
 
     Raises :class:`MopeqError` for settings that llama.cpp refuses, and for a model whose numbers and tensors contradict
     each other.
     """
     try:
-        return _predict(model, settings, cpu, vision)
+        return _predict(model, settings, cpu, vision, tower)
     except (ValueError, IndexError, TypeError, ArithmeticError) as error:
         # the graph follows the numbers of the file, of which not every contradiction has a check of its own
         raise SourceError(
@@ -114,7 +127,9 @@ def predict(model: Model, settings: Settings, cpu: Cpu, vision: tuple[GGUFHeader
         ) from None
 
 
-def _predict(model: Model, settings: Settings, cpu: Cpu, vision: tuple[GGUFHeader, ...]) -> Prediction:
+def _predict(
+    model: Model, settings: Settings, cpu: Cpu, vision: tuple[GGUFHeader, ...], tower: TowerMemory | None
+) -> Prediction:
     hparams = model.hparams
     resolved = resolve(settings, hparams)
     cache = kv_cache(hparams, settings, resolved)
@@ -145,10 +160,13 @@ def _predict(model: Model, settings: Settings, cpu: Cpu, vision: tuple[GGUFHeade
     if vision:
         nbytes = sum(tensor.nbytes for header in vision for tensor in header.tensors)
         parts.append(Part(VISION, GPU if on_gpu else ANONYMOUS, nbytes, estimated=True))
-    program = sum(p.nbytes for p in parts if p.name in (PROGRAM, LIBRARIES))
+    if tower is not None:
+        parts.append(Part(PYTHON, ANONYMOUS, LEFT_BYTES, estimated=True))
+    program = sum(p.nbytes for p in parts if p.name in (PROGRAM, LIBRARIES, PYTHON))
     loading = program + weights.allocated + weights.repacked + (model.file_bytes if settings.mmap else 0)
     exact = is_exact(hparams.architecture) and not on_gpu
-    return Prediction(tuple(p for p in parts if p.nbytes), resolved, exact, loading)
+    seeing = 0 if tower is None else tower.nbytes
+    return Prediction(tuple(p for p in parts if p.nbytes), resolved, exact, loading, seeing)
 
 
 def _cache_parts(cache: KVCache, settings: Settings) -> list[Part]:

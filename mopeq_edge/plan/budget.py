@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from mopeq_edge.device_files import DeviceFile, total_bytes
 from mopeq_edge.errors import PlanError
 from mopeq_edge.gguf_file import KV
 from mopeq_edge.gguf_layout import TensorSpec, layout
@@ -15,7 +16,7 @@ from mopeq_edge.units import GB, GIB, format_bytes
 
 @dataclass(frozen=True)
 class Budget:
-    """The largest file: exactly one of the first four."""
+    """The most bytes that a device shall load: exactly one of the first four."""
 
     gb: float | None = None
     gib: float | None = None
@@ -24,6 +25,8 @@ class Budget:
     """Bytes, for a budget that follows from the memory that is asked for."""
     reserve: int = 0
     """Bytes kept back of GB or GiB; in bits per weight headers come on top anyway."""
+    beside: tuple[DeviceFile, ...] = ()
+    """Files that are loaded too: part of GB or GiB; bits per weight are the GGUF's, and these come on top."""
 
     def __post_init__(self) -> None:
         given = [value for value in (self.gb, self.gib, self.bpw, self.nbytes) if value is not None]
@@ -34,16 +37,16 @@ class Budget:
             )
 
     def file_bytes(self, header_bytes: int, tensors: Iterable[SourceTensor]) -> int:
-        """Largest size of the finished file, in bytes.
+        """Largest size of the finished GGUF, in bytes.
 
         bpw is llama.cpp's: bytes of tensor data times 8 over the number of weights; the header comes on top.
         """
         if self.nbytes is not None:
             return self.nbytes - self.reserve
         if self.gb is not None:
-            return int(round(self.gb * GB, 3)) - self.reserve
+            return int(round(self.gb * GB, 3)) - self.reserve - total_bytes(self.beside)
         if self.gib is not None:
-            return int(round(self.gib * GIB, 3)) - self.reserve
+            return int(round(self.gib * GIB, 3)) - self.reserve - total_bytes(self.beside)
         assert self.bpw is not None
         return header_bytes + int(self.bpw * sum(t.n_weights for t in tensors) / 8)
 
@@ -51,8 +54,16 @@ class Budget:
         """The same for the file that ``source`` and ``kvs`` make; zeros that pad experts are no weights."""
         return self.file_bytes(source_header_bytes(source, kvs), unpadded(source).tensors)
 
+    def whole(self, file_bytes: int) -> str:
+        """The bytes of a GGUF and of the files that share its budget, in words; empty where there are none."""
+        if self.bpw is not None or not self.beside:
+            return ""
+        return f", {file_bytes + total_bytes(self.beside)} with the files beside it"
+
     def __str__(self) -> str:
         kept = f" less {self.reserve} bytes for the headers of several files" if self.reserve else ""
+        if self.bpw is None:
+            kept += "".join(f" less {file.nbytes} bytes for {file.name}" for file in self.beside)
         if self.nbytes is not None:
             return f"{format_bytes(self.nbytes)}, all that --fits leaves for the file{kept}"
         if self.gb is not None:

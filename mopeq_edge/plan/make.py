@@ -161,7 +161,8 @@ def _require_room(budget: Budget, limit: int, smallest: int) -> None:
         raise NoRoomError(
             smallest,
             f"budget of {budget} ({limit} bytes): the smallest file these types and floors allow has {smallest} "
-            f"bytes ({format_bytes(smallest)}); raise the budget, add smaller --types or lower a --floor",
+            f"bytes ({format_bytes(smallest)}){budget.whole(smallest)}; raise the budget, add smaller --types or lower "
+            "a --floor",
         )
 
 

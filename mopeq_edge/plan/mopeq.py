@@ -208,7 +208,8 @@ def require_map_room(budget: Budget, limit: int, smallest: int) -> None:
         raise NoRoomError(
             smallest,
             f"budget of {budget} ({limit} bytes): the file with every expert in the lowest type of the map has "
-            f"{smallest} bytes ({format_bytes(smallest)}); raise the budget, give a smaller --bits 2=TYPE or lower a "
+            f"{smallest} bytes ({format_bytes(smallest)}){budget.whole(smallest)}; raise the budget, give a smaller "
+            "--bits 2=TYPE or lower a "
             "--floor",
         )
 

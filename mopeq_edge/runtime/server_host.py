@@ -19,10 +19,15 @@ def host_arguments(given: Sequence[str], environment: Mapping[str, str]) -> tupl
     host = host if host is not None else environment.get(_VARIABLE)
     if host is None:
         return [_OPTION, LOOPBACK], None
+    return [], host_warning(host, has_key=bool({"--api-key", "--api-key-file"} & set(given)))
+
+
+def host_warning(host: str, *, has_key: bool) -> str | None:
+    """What to know of a server on ``host`` that other machines reach."""
     if is_local(host):
-        return [], None
-    key = "" if {"--api-key", "--api-key-file"} & set(given) else ", and without --api-key they need no key"
-    return [], f"warning: {_OPTION} {host}: other machines can reach the server{key}"
+        return None
+    key = "" if has_key else ", and without --api-key they need no key"
+    return f"warning: {_OPTION} {host}: other machines can reach the server{key}"
 
 
 def is_local(host: str) -> bool:

@@ -102,12 +102,10 @@ def pricings(tensor: SourceTensor, statistics: Statistics, mopeq: Sequence[float
     # a matrix that is no expert, one head's included, is its own layer of one: factor 1
     hybrid = hybrid_scores(frequency, mopeq) if tensor.role is Role.EXPERT else np.ones(n)
     made[HYBRID] = [Pricing(float(h), rows=rows) for h in hybrid]
-    made[IMATRIX] = _priced(tensor, statistics.activation, 1.0 / routing.n_tokens, rows)
+    made[IMATRIX] = _priced(tensor, statistics.activation, 1.0 / routing.n_tokens, rows, routing.n_tokens)
     if statistics.gradient is not None:
         scale = statistics.gradient.scale / (2.0 * routing.n_tokens)
-        made[FISHER] = _fisher(
-            tensor, statistics.gradient, scale, rows, _row_weights(tensor, routing) if tied else None
-        )
+        made[FISHER] = _fisher(tensor, statistics.gradient, scale, rows, routing, tied=tied)
         if statistics.traces is not None:
             of_experts = statistics.traces.mean_diagonal.get(tensor.name)
             made[TRACE] = made[FISHER] if of_experts is None else [Pricing(0.5 * float(h)) for h in of_experts]
@@ -115,29 +113,31 @@ def pricings(tensor: SourceTensor, statistics: Statistics, mopeq: Sequence[float
 
 
 def _fisher(
-    tensor: SourceTensor, gradient: Imatrix, scale: float, rows: Doubles | None, lookups: Doubles | None
+    tensor: SourceTensor, gradient: Imatrix, scale: float, rows: Doubles | None, routing: Routing, *, tied: bool
 ) -> list[Pricing]:
-    """``lookups`` [n_out]: shares of the tokens, for an embedding that is the output matrix too.
+    """``tied``: an embedding that is the output matrix too.
 
     A matrix with rows i and columns j has the diagonal Fisher F_ij; its entry has w_j = sum_i F_ij, which is spread
     over n_out rows. That holds for the transposed matrices of latent attention as well: F_ij is c_ti^2 g_tj^2, with
     the latent c along the rows, and w_j = sum_t |c_t|^2 g_tj^2 (see ``calibrate.latent``).
     """
-    if lookups is None:
+    if not tied:
         # an embedding row is one output, so its gradient is not spread over n_out rows
         factor = scale if tensor.role is Role.EMBEDDING else scale / tensor.n_out
-        return _priced(tensor, gradient, factor, rows)
-    entry = gradient.entries.get(LOOKUP)
+        return _priced(tensor, gradient, factor, rows, routing.n_tokens)
+    entry, lookups = gradient.entries.get(LOOKUP), _row_weights(tensor, routing)
     also = None if entry is None else Pricing(scale, columns=entry.sums[0].astype(np.float64), rows=lookups)
-    return [replace(one, also=also) for one in _priced(tensor, gradient, scale / tensor.n_out, None)]
+    return [replace(one, also=also) for one in _priced(tensor, gradient, scale / tensor.n_out, None, routing.n_tokens)]
 
 
-def _priced(tensor: SourceTensor, imatrix: Imatrix, factor: float, rows: Doubles | None) -> list[Pricing]:
+def _priced(
+    tensor: SourceTensor, imatrix: Imatrix, factor: float, rows: Doubles | None, n_tokens: int
+) -> list[Pricing]:
     entry = imatrix.entries.get(tensor.name)
     if entry is None:
         # llama-imatrix has no entry for the embedding (a lookup) or the output matrix: price the plain
         # error, once a token
-        return [Pricing(factor * imatrix.n_tokens, rows=rows)] * tensor.n_matrices
+        return [Pricing(factor * n_tokens, rows=rows)] * tensor.n_matrices
     return [Pricing(factor, columns=sums.astype(np.float64), rows=rows) for sums in entry.sums]
 
 

@@ -18,6 +18,7 @@ from mopeq_edge.model_keys import check_model_keys
 from mopeq_edge.source.file_bytes import read_bytes
 from mopeq_edge.source.model import Bytes, Floats, SourceTensor, mark_mtp, require_finite
 from mopeq_edge.split import read_parts
+from mopeq_edge.vision.mmproj import is_mmproj
 
 _INTEGERS: Mapping[str, str] = {"I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "F64": "<f8"}
 
@@ -40,6 +41,8 @@ class GGUFSource:
             raise SourceError(f"{path}: has no general.architecture, so it holds no model that llama.cpp can run")
         self.architecture = architecture
         infos = [info for header in headers for info in header.tensors]
+        if is_mmproj(headers[0]):
+            raise SourceError(f"{path}: is no model but what sees pictures for one (mmproj); give the model's own file")
         check_model_keys(path, self.kvs, ((info.name, info.shape) for info in infos))
         for info in infos:
             if math.prod(info.shape[3:]) != 1:

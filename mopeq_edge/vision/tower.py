@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,22 +28,31 @@ class Tower:
         errors.
         """
         names = names or [f"picture {i + 1}" for i in range(len(images))]
-        layout = self.description.layout
-        see = self._tiles if isinstance(layout, Tiles) else self._crops
-        return [see(image, len(images), name) for image, name in zip(images, names, strict=True)]
+        return [self.embed_one(image, len(images), name) for image, name in zip(images, names, strict=True)]
 
-    def _tiles(self, image: Image.Image, n_images: int, name: str) -> Floats:
+    def embed_one(
+        self, image: Image.Image, n_images: int, name: str, between: Callable[[], object] = lambda: None
+    ) -> Floats:
+        """The same of one of ``n_images``; ``between`` is called before every tile and may raise."""
+        see = self._tiles if isinstance(self.description.layout, Tiles) else self._crops
+        return see(image, n_images, name, between)
+
+    def _run(self, between: Callable[[], object], **feeds: Floats) -> dict[str, Floats]:
+        between()
+        return self._session.run(feeds)
+
+    def _tiles(self, image: Image.Image, n_images: int, name: str, between: Callable[[], object]) -> Floats:
         layout = self.description.layout
         assert isinstance(layout, Tiles)
         place = cut(image, layout, n_images, name)
-        seen = [self._session.run({"pixels": tile[None]}) for tile in place.pixels]
+        seen = [self._run(between, pixels=tile[None]) for tile in place.pixels]
         embeddings = np.stack([outputs["embeddings"] for outputs in seen])
         return arrange(embeddings, place, layout, seen[0]["image_newline"], seen[0]["view_seperator"])
 
-    def _crops(self, image: Image.Image, _: int, name: str) -> Floats:
+    def _crops(self, image: Image.Image, _: int, name: str, between: Callable[[], object]) -> Floats:
         layout = self.description.layout
         assert isinstance(layout, Crops)
         place = crop(image, layout, name)
         views = zip(place.pixels, place.masks, strict=True)
-        seen = [self._session.run({"pixels": pixels[None], "mask": mask}) for pixels, mask in views]
+        seen = [self._run(between, pixels=pixels[None], mask=mask) for pixels, mask in views]
         return stitch(np.stack([outputs["embeddings"] for outputs in seen]), place, layout, seen[0]["picture_tokens"])

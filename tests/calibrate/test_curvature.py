@@ -103,7 +103,7 @@ class _Step:
 def run(source: HuggingFaceSource, windows: np.ndarray, scratch: Path, threads: int = 2, **probe: int) -> Any:
     """(choices, curvature) of one probe."""
     model = BlockModel(source)
-    states = HiddenStates(model.n_layer + 1, *windows.shape, model.n_embd, scratch)
+    states = HiddenStates(model.n_layer + 1, [windows.shape[1]] * len(windows), model.n_embd, scratch)
     with one_torch_thread():
         prepared = Run(model, windows, states, threads, _Step())
         choices = record_choices(prepared)

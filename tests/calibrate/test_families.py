@@ -185,7 +185,7 @@ def test_loss_and_its_gradient_are_those_of_the_whole_model(name: str, tmp_path:
     source = source_of(name, tmp_path / "model")
     windows = np.random.default_rng(1).integers(0, 4096, (2, 20)).astype(np.int32)
     blocks = BlockModel(source)
-    states = HiddenStates(blocks.n_layer + 1, *windows.shape, blocks.n_embd, tmp_path)
+    states = HiddenStates(blocks.n_layer + 1, [windows.shape[1]] * len(windows), blocks.n_embd, tmp_path)
     with one_torch_thread(), QUIET.step("", 1) as step:
         choices = record_choices(Run(blocks, windows, states, 1, step))
     got = np.stack([states.get(blocks.n_layer, window).reshape(-1, blocks.n_embd).numpy() for window in range(2)])

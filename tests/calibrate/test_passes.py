@@ -21,6 +21,8 @@ from mopeq_edge.calibrate.blocks import BlockModel
 from mopeq_edge.calibrate.passes import forward
 from mopeq_edge.calibrate.run import calibrate
 from mopeq_edge.calibrate.states import HiddenStates
+from mopeq_edge.calibrate.statistics import TEXT
+from mopeq_edge.calibrate.windows import text_windows
 from mopeq_edge.errors import OutputError
 from mopeq_edge.imatrix import Imatrix
 from mopeq_edge.progress import SilentProgress, Step
@@ -217,8 +219,8 @@ def test_routing(case: Case) -> None:
 
 def test_hidden_states_and_logits(case: Case, tmp_path: Path) -> None:
     model = BlockModel(case.source)
-    kept = HiddenStates(N_LAYER + 1, N_WINDOWS, N_CTX, model.n_embd, tmp_path)
-    forward(model, case.windows, kept, keep=True, threads=2, progress=SilentProgress())
+    kept = HiddenStates(N_LAYER + 1, [N_CTX] * N_WINDOWS, model.n_embd, tmp_path)
+    forward(model, text_windows(case.windows), kept, keep=True, threads=2, progress=SilentProgress())
     got = torch.cat([kept.get(N_LAYER, window) for window in range(N_WINDOWS)])
     torch.testing.assert_close(got.double(), case.whole.before_norm, rtol=1e-4, atol=1e-5)
     with model.final_norm() as norm:
@@ -230,10 +232,11 @@ def test_without_keeping_the_states_everything_is_the_same(case: Case, tmp_path:
     results = []
     for keep in (True, False):
         model = BlockModel(case.source)
-        kept = HiddenStates(N_LAYER + 1 if keep else 1, N_WINDOWS, N_CTX, model.n_embd, tmp_path)
-        sums, gates = forward(model, case.windows, kept, keep=keep, threads=1, progress=SilentProgress())
+        kept = HiddenStates(N_LAYER + 1 if keep else 1, [N_CTX] * N_WINDOWS, model.n_embd, tmp_path)
+        tally = forward(model, text_windows(case.windows), kept, keep=keep, threads=1, progress=SilentProgress())[TEXT]
         last = [kept.get(N_LAYER if keep else 0, w).numpy() for w in range(N_WINDOWS)]
-        results.append({**sums.values, **{f"gates {n}": g for n, g in gates.items()}, "last": np.array(last)})
+        gates = {f"gates {n}": g for n, g in tally.gate_weights.items()}
+        results.append({**tally.activation.values, **gates, "last": np.array(last)})
     assert results[0].keys() == results[1].keys()
     for name, values in results[0].items():
         np.testing.assert_array_equal(values, results[1][name], err_msg=name)

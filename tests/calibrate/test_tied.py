@@ -30,7 +30,7 @@ def test_loss_of_a_tied_checkpoint_is_that_of_transformers(name: str, head: str,
     assert isinstance(source, HuggingFaceSource)
     windows = np.random.default_rng(1).integers(0, 4096, (2, 20)).astype(np.int32)
     blocks = BlockModel(source)
-    states = HiddenStates(blocks.n_layer + 1, *windows.shape, blocks.n_embd, tmp_path)
+    states = HiddenStates(blocks.n_layer + 1, [windows.shape[1]] * len(windows), blocks.n_embd, tmp_path)
     with one_torch_thread(), SilentProgress().step("", 1) as step:
         choices = record_choices(Run(blocks, windows, states, 1, step))
     assert (blocks.output_name == EMBEDDING) == (head != OTHER and name != "olmoe")

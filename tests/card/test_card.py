@@ -139,6 +139,16 @@ def test_strings_of_strangers(tmp_path: Path) -> None:
     assert markdown("a|b\n_c_") == "a\\|b \\_c\\_"
 
 
+def test_what_sees_pictures_beside_it(tmp_path: Path) -> None:
+    file = model(tmp_path / "out.gguf")
+    eyes = tmp_path / "mmproj-out.gguf"
+    write_raw_gguf(eyes, {"general.type": string("mmproj")}, [])
+    done = card(file)
+    assert metadata(done)["pipeline_tag"] == "image-text-to-text"
+    assert "mopeq-edge run out.gguf --image photo.jpg" in done.stdout
+    assert f"{hashlib.sha256(eyes.read_bytes()).hexdigest()}  mmproj-out.gguf" in done.stdout
+
+
 def test_per_expert_and_split(tmp_path: Path) -> None:
     grouped = tmp_path / "g.gguf"
     stack = "blk.0.ffn_up_exps"
@@ -183,3 +193,18 @@ def test_the_card_is_written_whole_and_replaces_nothing_unasked(tmp_path: Path) 
 def test_files_of_two_models_are_refused(tmp_path: Path) -> None:
     other = model(tmp_path / "b.gguf", **{"olmoe.expert_count": KV(ValueType.UINT32, 9)})
     assert isinstance(card(model(tmp_path / "a.gguf"), other).exception, MopeqError)
+
+
+def test_what_sees_pictures_is_listed(tmp_path: Path) -> None:
+    out = model(tmp_path / "m.gguf")
+    for name, content in (("m.vision.onnx", b"graph"), ("m.vision.onnx.data", b"weights")):
+        (tmp_path / name).write_bytes(content)
+    text = card(out).stdout
+    assert "With pictures, from m.vision.onnx (5 bytes), m.vision.onnx.data (7 bytes) in the same directory:" in text
+    assert "mopeq-edge run m.gguf --image photo.jpg -p" in text
+    assert "give the first" not in text
+    for name in ("m.gguf", "m.vision.onnx", "m.vision.onnx.data"):
+        assert f"{hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()}  {name}" in text
+    (tmp_path / "m.vision.onnx.data").unlink()
+    refused = card(out)
+    assert "its weights, m.vision.onnx.data, are not beside it" in str(refused.exception)

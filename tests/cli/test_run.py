@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from mopeq_edge.cli import cli
+from mopeq_edge.cli.run import mmproj_arguments
 from mopeq_edge.errors import PatchError
 from mopeq_edge.gguf_file import KV, ValueType
 from mopeq_edge.llama_cpp import bundle
@@ -75,6 +76,44 @@ def test_arguments_reach_the_tool_as_they_are(cache: Path, tmp_path: Path, comma
     assert done.returncode == 7
     expected = f"{file}: expert groups, version 1 (per-expert types): running in the patched llama.cpp {PATCHED}\n"
     assert done.stderr == expected
+
+
+def test_what_sees_pictures_beside_the_file_is_passed(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the user names another, or none."""
+    patched = write_build(cache, PATCHED)
+    file, mmproj = write_file(tmp_path / "x.gguf"), tmp_path / "mmproj-x.gguf"
+    mmproj.touch()
+    done = mopeq_edge(cache, "serve", file, "--port", "1")
+    own = ["--host", "127.0.0.1", "--mmproj", str(mmproj), "--port", "1"]
+    assert done.stdout.splitlines()[3:] == [f"[{arg}]" for arg in own]
+    assert done.stderr.splitlines()[1:] == [f"{file}: sees pictures through mmproj-x.gguf"]
+    monkeypatch.delenv("LLAMA_ARG_MMPROJ", raising=False)
+    assert mmproj_arguments(file, ["--port", "1"]) == ["--mmproj", str(mmproj)]
+    for named in (["--mmproj", "m"], ["-mm", "m"], ["--no-mmproj"], ["--mmproj-url=u"]):
+        assert mmproj_arguments(file, named) == []
+    monkeypatch.setenv("LLAMA_ARG_MMPROJ", "m")
+    assert mmproj_arguments(file, []) == []
+    asked = ["--image", "a.png", "-p", "What?"]
+    done = mopeq_edge(cache, "run", file, *asked)
+    expected = ["-m", str(file), "--mmproj", str(mmproj), "--single-turn", *asked]
+    assert done.stdout.splitlines() == [f"{patched / 'llama-cli'}", *(f"[{arg}]" for arg in expected)]
+    # text alone, or with an mmproj of the user's, goes to llama-cli as it is
+    assert mopeq_edge(cache, "run", file, "-p", "x").stdout.splitlines()[3:] == ["[-p]", "[x]"]
+    assert "--single-turn" not in mopeq_edge(cache, "run", file, "--mmproj", "m", *asked).stdout
+
+
+def test_the_server_of_our_own_says_what_it_lacks(cache: Path, tmp_path: Path) -> None:
+    write_build(cache, PATCHED)
+    file = write_file(tmp_path / "x.gguf")
+    (tmp_path / "x.vision.onnx").touch()
+    done = mopeq_edge(cache, "serve", file, "--mirostat", "2")
+    assert done.returncode == 2
+    assert "No such option '--mirostat'" in done.stderr
+    assert "llama.cpp's library answers" in mopeq_edge(cache, "serve", "--build", "cpu", file).stderr
+    assert mopeq_edge(cache, "serve", "--engine", "llama-server", file).stdout.endswith("[--host]\n[127.0.0.1]\n")
+    assert "its weights, x.vision.onnx.data, are not beside it" in error_of(mopeq_edge(cache, "serve", file))
 
 
 def test_the_tool_s_help_and_ours(cache: Path, tmp_path: Path) -> None:

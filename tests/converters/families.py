@@ -121,16 +121,16 @@ def build_packed_qwen3_moe(directory: Path, dtype: str) -> Path:
     return build_qwen3_moe(directory, dtype, packed=True, tie_word_embeddings=True)
 
 
-def build_qwen3_vl_moe(directory: Path, dtype: str) -> Path:
+def build_qwen3_vl_moe(directory: Path, dtype: str, layers: int = 2) -> Path:
     """A vision model beside it, experts stored as released: [n_in, n_out], neither square nor of the other's shape."""
     import torch
     from safetensors.torch import load_file, save_file
     from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
     text = {
-        **{"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32},
+        **{"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": layers},
         **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 2},
-        **{"moe_intermediate_size": 96, "max_position_embeddings": 256},
+        **{"head_dim": 32, "moe_intermediate_size": 96, "max_position_embeddings": 256},
         **{"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0},
         "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [6, 5, 5]},
     }

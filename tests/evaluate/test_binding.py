@@ -143,6 +143,32 @@ def test_logits_after_a_prompt_are_those_of_generation(model: LlamaModel, evalua
         model.logits_after([5] * 200, [5] * 57)
 
 
+def test_what_the_context_has_can_be_kept(model: LlamaModel, evaluation_text: str) -> None:
+    """Another end behind the same beginning: the rows of a fresh sequence."""
+    tokens = model.tokenize(evaluation_text)[:60]
+    expected = model.logits(tokens, first=59)[0]
+    other = np.concatenate([tokens[:40], tokens[:15]])
+    assert list(model.continuation([other], 3, lambda row: int(row.argmax())))
+    assert model.n_past == 57  # the last of three tokens is not decoded
+    batches = list(model.row_batches([tokens], 59, kept=40))
+    assert (len(batches), batches[-1][0], model.n_past) == (1, 59, 60)
+    # sums of other batches round differently
+    assert np.abs(batches[-1][1][0] - expected).max() < 0.05 * expected.std()
+    # kept to the last but one, in parts: only one token is computed
+    ((at, rows),) = model.row_batches([tokens[:50], tokens[50:]], kept=59)
+    assert (at, len(rows)) == (59, 1)
+    for kept in (60, 61, -1):
+        with pytest.raises(ValueError, match=f"cannot keep {kept} of 60 tokens"):
+            next(model.row_batches([tokens], kept=kept))
+
+
+def test_bytes_of_tokens_are_the_text(model: LlamaModel, evaluation_text: str) -> None:
+    tokens = model.tokenize(evaluation_text[:400])
+    assert b"".join(model.piece(int(token)) for token in tokens).decode() == evaluation_text[:400]
+    assert model.piece(model.bos) == b""
+    assert model.ends(model.bos)  # here the same token begins and ends
+
+
 def test_greedy_stops_at_the_context(model: LlamaModel) -> None:
     with pytest.raises(MopeqError, match=r"257 tokens do not fit into its context of 256"):
         model.greedy([5] * 200, 57)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mopeq_edge.memory.process import Sample
-from tools.serve_load import Answer, Report, _memory, compare, load
+from tools.serve_load import Answer, Report, compare, load, note_memory
 
 from ..builders import build_olmoe
 
@@ -24,7 +24,7 @@ def test_only_level_tokens_may_differ() -> None:
 def test_memory_that_grows_shows() -> None:
     report = Report()
     samples = [Sample(n, 100 + n, 0, 0, 0, 0, 0) for n in range(100)]
-    _memory(report, samples)
+    note_memory(report, samples)
     assert (report.anon_early, report.anon_late, report.anon_peak) == (129, 189, 199)
     assert report.growth == pytest.approx(189 / 129 - 1)
 

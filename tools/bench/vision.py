@@ -1,11 +1,13 @@
-"""Time and memory of DeepSeek-VL2-Tiny's vision side at its full size, with random weights in BF16.
+"""Time and memory of a vision side at its full size, with random weights: DeepSeek-VL2-Tiny's, in BF16, or MolmoE's.
 
 ``python -m tools.bench.vision`` writes the checkpoint's vision side (435.8 M weights) and its vision file in each
-type, and then, in a process of its own for each, loads the file and looks at one picture of 3 x 2 tiles.
+type, and then, in a process of its own for each, loads the file and looks at one picture of 3 x 2 tiles. The memory is
+compared with what ``mopeq-edge memory`` predicts.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import resource
 import subprocess
@@ -19,25 +21,34 @@ import click
 import numpy as np
 from PIL import Image
 
+from converters.molmoe import NEW_EMBEDDING
 from converters.vision import TYPES, find_family, write_vision
+from converters.vision.molmoe import TOKENS
 from mopeq_edge.cli.console import available_threads, print_json
+from mopeq_edge.memory.tower import tower_of_file
 from mopeq_edge.source.checkpoint import Checkpoint
 from mopeq_edge.vision.tower import Tower
 from tools.vision_language_checkpoints import write_weights
-from tools.vision_language_configs import TINY, config_of
-from tools.vision_sides import processor_file, vl2_vision_shapes
+from tools.vision_language_configs import MOLMOE, TINY, config_of
+from tools.vision_sides import molmoe_vision_shapes, processor_file, vl2_vision_shapes
 
 SIZE = (1152, 768)
 
 
-def write_side(directory: Path) -> None:
+def write_side(directory: Path, model: str) -> None:
     """The vision side alone, as a checkpoint."""
-    config = config_of(TINY)
+    config = config_of(model)
     directory.mkdir()
+    shapes = vl2_vision_shapes(config) if model == TINY else molmoe_vision_shapes(config)
+    if model == MOLMOE:
+        n_vocab, n_new = config["embedding_size"], config["additional_vocab_size"]
+        shapes[NEW_EMBEDDING] = (n_new, config["d_model"])
+        added = [{"content": token, "id": n_vocab + i} for i, token in enumerate(TOKENS)]
+        (directory / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
     (directory / "config.json").write_text(json.dumps(config))
     name, content = processor_file(config)
     (directory / name).write_text(json.dumps(content))
-    write_weights(directory / "model.safetensors", vl2_vision_shapes(config), "bfloat16", 0)
+    write_weights(directory / "model.safetensors", shapes, "bfloat16", 0)
 
 
 def measure_write(directory: str, out: str, kind: str, threads: int) -> None:
@@ -71,8 +82,12 @@ def measure_see(out: str, threads: int) -> None:
         "cpu": time.process_time() - used,
         "before": before,
         "peak": _peak(),
+        "predicted": tower_of_file(Path(out)).nbytes,
     }
-    print(json.dumps({**found, "tokens": len(seen), "finite": bool(np.isfinite(seen).all()), **_parts()}))
+    found |= {"tokens": len(seen), "finite": bool(np.isfinite(seen).all()), **_parts()}
+    del tower
+    gc.collect()
+    print(json.dumps({**found, "left": sum(_parts().values())}))
 
 
 def _peak() -> int:
@@ -95,12 +110,13 @@ def _in_child(call: str) -> dict[str, Any]:
 
 @click.command()
 @click.option("--type", "kinds", multiple=True, type=click.Choice(TYPES), default=TYPES, help="Types to measure.")
+@click.option("--model", type=click.Choice([TINY, MOLMOE]), default=TINY, show_default=True, help="Whose side.")
 @click.option("--threads", default=available_threads, help="Threads (default: every CPU).")
-def main(kinds: tuple[str, ...], threads: int) -> None:
+def main(kinds: tuple[str, ...], model: str, threads: int) -> None:
     """Write, load and run each type; print everything as JSON."""
-    result: dict[str, Any] = {"picture": SIZE, "threads": threads}
+    result: dict[str, Any] = {"model": model, "picture": SIZE, "threads": threads}
     with tempfile.TemporaryDirectory() as folder:
-        write_side(Path(folder) / "model")
+        write_side(Path(folder) / "model", model)
         for kind in kinds:
             out = Path(folder) / f"{kind}.vision.onnx"
             write = _in_child(f"measure_write({folder + '/model'!r}, {str(out)!r}, {kind!r}, {threads})")
