@@ -7,6 +7,7 @@ from dataclasses import fields
 
 import pytest
 
+import mopeq_edge.calibrate.modalities as modalities
 import mopeq_edge.calibrate.statistics as routing
 import mopeq_edge.calibrate.traces as traces
 import mopeq_edge.convert as convert
@@ -36,6 +37,8 @@ def row(first: str) -> str:
     [
         ("stages.json", workdir.FORMAT, workdir.VERSION),
         (pipeline_calibrate.ROUTING_FILE, routing.FORMAT, routing.VERSION),
+        (pipeline_calibrate.MODALITIES_FILE, modalities.FORMAT, modalities.VERSION),
+        (pipeline_calibrate.BY_KIND_FILE, pipeline_calibrate.BY_KIND_FORMAT, pipeline_calibrate.BY_KIND_VERSION),
         (pipeline_calibrate.TRACE_FILE, traces.FORMAT, traces.VERSION),
         ("sensitivity-KIND.safetensors", sensitivity.FORMAT, sensitivity.VERSION),
         ("plan.json", plan.FORMAT, plan.VERSION),
