@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 Array = npt.NDArray[Any]
@@ -142,6 +141,9 @@ class Session:
     """A graph in onnxruntime. Between runs it keeps no memory: neither an arena nor packed weights."""
 
     def __init__(self, model: onnx.ModelProto, threads: int) -> None:
+        # it starts a thread, and most conversions have no graph to run
+        import onnxruntime
+
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1

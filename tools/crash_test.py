@@ -152,6 +152,10 @@ class Result:
     failures: list[str] = field(default_factory=list)
 
 
+STARTS_THREADS = ("onnxruntime", "ray")
+"""Modules that a child imports by itself."""
+
+
 class Server:
     """Runs commands in forks of this process, which has everything imported: a run costs no start of Python.
 
@@ -173,7 +177,7 @@ class Server:
         n_threads = len(os.listdir("/proc/self/task"))
         for name in names:
             # of its own making, or an optional one
-            if name not in sys.modules and not name.startswith("__"):
+            if name not in sys.modules and not name.startswith(("__", *STARTS_THREADS)):
                 with suppress(Exception):
                     importlib.import_module(name)
         if len(os.listdir("/proc/self/task")) != n_threads:

@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,8 +21,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mopeq_edge.sensitivity.measure import sampled_rows
-from mopeq_edge.sensitivity.run import SINGLE_MATRIX_ROWS
+from mopeq_edge.sensitivity.sample import SINGLE_MATRIX, drawn_rows
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny-olmoe"
 WHOLE = 2**23
@@ -131,11 +131,14 @@ def _content(name: str, shape: tuple[int, ...], sample_rows: int) -> Iterator[tu
         yield 0, _bf16(np.ones(shape, dtype=np.float32))
         return
     scale = 0.02 * 2 ** rng.uniform(-1, 1)
-    expert = ".experts." in name
+    expert = re.search(r"\.experts\.(\d+)\.", name)
     if not expert and math.prod(shape) <= WHOLE:
         yield 0, _bf16(scale * rng.standard_normal(shape, dtype=np.float32))
         return
-    for row in sampled_rows(shape[0], sample_rows * (1 if expert else SINGLE_MATRIX_ROWS), seed=shape[0]):
+    number = int(expert[1]) if expert else 0
+    # those that sensitivity draws
+    rows = drawn_rows(shape[0], sample_rows * (1 if expert else SINGLE_MATRIX), seed=shape[0] + number)
+    for row in np.sort(rows):
         yield int(row), _bf16(scale * rng.standard_normal((1, shape[1]), dtype=np.float32))
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 
 from mopeq_edge.errors import FormatError, shown
 from mopeq_edge.vision.description import (
@@ -36,6 +35,9 @@ class VisionSession:
         if not weights_file(path).is_file():
             raise _alone(path)
         metadata = read_graph(path).metadata
+        # it starts a thread, and a conversion of a model that sees nothing comes by here
+        import onnxruntime
+
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1

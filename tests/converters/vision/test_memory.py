@@ -23,6 +23,7 @@ import sys, json
 from pathlib import Path
 import numpy as np
 from mopeq_edge.vision.graph_file import read_graph
+import onnxruntime
 from mopeq_edge.vision.session import VisionSession
 # the check before makes onnx's table of operators, once
 read_graph(Path(sys.argv[1]))
