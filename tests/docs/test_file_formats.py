@@ -14,6 +14,7 @@ import mopeq_edge.convert as convert
 import mopeq_edge.evaluate.reference as reference
 import mopeq_edge.plan.artifact as plan
 import mopeq_edge.sensitivity.table as sensitivity
+import mopeq_edge.source.described as described
 import mopeq_edge.source.digests as digests
 import mopeq_edge.workdir as workdir
 from mopeq_edge import pipeline_calibrate
@@ -41,6 +42,7 @@ def row(first: str) -> str:
         (pipeline_calibrate.BY_KIND_FILE, pipeline_calibrate.BY_KIND_FORMAT, pipeline_calibrate.BY_KIND_VERSION),
         (pipeline_calibrate.TRACE_FILE, traces.FORMAT, traces.VERSION),
         ("sensitivity-KIND.safetensors", sensitivity.FORMAT, sensitivity.VERSION),
+        ("source.json", described.FORMAT, described.VERSION),
         ("plan.json", plan.FORMAT, plan.VERSION),
         ("imatrix-choice.json", convert.CHOICE_FORMAT, convert.VERSION),
         ("validation.json", convert.VALIDATION_FORMAT, convert.VERSION),
