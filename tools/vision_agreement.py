@@ -67,7 +67,8 @@ class Agreement:
     same_top: float
     """Share of positions with the same likeliest token."""
     depends: float
-    """What another picture does to the last position's logits, the largest difference in standard deviations."""
+    """What the picture's embeddings in reverse order do to the last position's logits: the largest difference in
+    standard deviations."""
 
 
 def noise(size: tuple[int, int], seed: int) -> Image.Image:
@@ -126,7 +127,7 @@ def reference_logits(
 
 
 def agreement(name: str, size: tuple[int, int], seen: Floats, picture: Floats, logits: Sequence[Floats]) -> Agreement:
-    """Of the embeddings ``seen`` and ``picture``, and of logits: the device's, torch's, torch's of another picture."""
+    """Of the embeddings ``seen`` and ``picture``, and of logits: the device's, torch's, torch's with the picture reversed."""
     got, expected, other = logits
     spread = float(expected.std())
     apart = np.abs(got - expected).max(axis=1) / spread
