@@ -127,7 +127,7 @@ def reference_logits(
 
 
 def agreement(name: str, size: tuple[int, int], seen: Floats, picture: Floats, logits: Sequence[Floats]) -> Agreement:
-    """Of the embeddings ``seen`` and ``picture``, and of logits: the device's, torch's, torch's with the picture reversed."""
+    """Of embeddings ``seen`` and ``picture``, and of logits: the device's, torch's, torch's of ``picture`` reversed."""
     got, expected, other = logits
     spread = float(expected.std())
     apart = np.abs(got - expected).max(axis=1) / spread
