@@ -24,7 +24,7 @@ from mopeq_edge.vision.tiles import cut
 from tools.vision_language_configs import BASE, MOLMOE, SMALL, TINY
 
 from ..builders import write_gguf
-from ..converters.vision.references import molmo_crops, text_logits, vl2_picture, weights
+from ..converters.vision.references import molmo_picture, text_logits, vl2_picture
 from ..converters.vision_language import VISION_LANGUAGE
 from .pictures import picture
 
@@ -99,27 +99,7 @@ def test_logits_of_molmoe_are_those_of_the_whole_model_in_torch(tmp_path: Path, 
         parts = lay_out(model, tower.description, QUESTION, seen)
         got = model.mixed_logits(parts)
     layout: Any = tower.description.layout
-    places = [crop(open_image(path), layout) for path in photos]
-    _, tensors = weights(directory)
-    added = json.loads((directory / "tokenizer.json").read_text())["added_tokens"]
-    table = tensors["model.transformer.wte.new_embedding"].numpy()
-    row = {token["content"]: table[token["id"] - 4104] for token in added if token["id"] >= 4104}
-    pictures = []
-    for place in places:
-        crops = molmo_crops(directory, place.pixels, place.masks).reshape(-1, 6, 6, 64)
-        # tokens by their place in the whole grid: of a crop those that are two from its edge, or at the picture's
-        grid = np.zeros((2 * place.rows + 4, 2 * place.columns + 4, 64), np.float32)
-        for y in range(len(grid)):
-            for x in range(grid.shape[1]):
-                r, c = min(max((y - 2) // 2, 0), place.rows - 1), min(max((x - 2) // 2, 0), place.columns - 1)
-                grid[y, x] = crops[1 + r * place.columns + c][y - 2 * r, x - 2 * c]
-        sequence = []
-        for view in (crops[0], grid):
-            sequence.append(row["<im_start>"])
-            for line in view:
-                sequence += [*(line + row["<im_patch>"]), row["<im_col>"]]
-            sequence.append(row["<im_end>"])
-        pictures.append(np.stack(sequence))
+    pictures = [molmo_picture(directory, crop(open_image(path), layout)) for path in photos]
     (text,) = encoded(directory, f" User: {QUESTION} Assistant:")
     (first,) = encoded(directory, "<|endoftext|>")
     whole = [first, *pictures, text]

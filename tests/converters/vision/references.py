@@ -10,17 +10,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 
+from mopeq_edge.vision.crops import Cropped
 from mopeq_edge.vision.session import Floats
 
 Tensors = Mapping[str, torch.Tensor]
+_TEXT = ("language.", "model.transformer.blocks.", "model.transformer.ff_out.", "model.transformer.wte.embedding")
 
 
 def weights(directory: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """config.json, and every tensor in float32."""
+    """config.json, and every tensor of the vision side in float32."""
     config = json.loads((directory / "config.json").read_text())
-    return config, {name: value.float() for name, value in load_file(directory / "model.safetensors").items()}
+    found = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            seen = [name for name in file.keys() if not name.startswith(_TEXT)]  # noqa: SIM118
+            found |= {name: file.get_tensor(name).float() for name in seen}
+    return config, found
 
 
 def _fill(model: torch.nn.Module, found: Mapping[str, torch.Tensor]) -> None:
@@ -207,3 +214,29 @@ def molmo_crops(directory: Path, pixels: Floats, masks: Floats) -> Floats:
             gate = linear("image_projector.w1", y)
             found.append(linear("image_projector.w2", gate * gate.sigmoid() * linear("image_projector.w3", y)))
     return torch.stack(found).numpy()
+
+
+def molmo_picture(directory: Path, place: Cropped) -> Floats:
+    """[n_tokens, n_embd] of a picture in crops, a token at a time: of a crop those that are two tokens from its edge,
+    or at the picture's.
+    """
+    config, tensors = weights(directory)
+    seen = molmo_crops(directory, place.pixels, place.masks)
+    n, width = math.isqrt(seen.shape[1]), seen.shape[2]
+    crops, own = seen.reshape(-1, n, n, width), n - 4
+    grid = np.zeros((own * place.rows + 4, own * place.columns + 4, width), np.float32)
+    for y in range(len(grid)):
+        for x in range(grid.shape[1]):
+            row = min(max((y - 2) // own, 0), place.rows - 1)
+            column = min(max((x - 2) // own, 0), place.columns - 1)
+            grid[y, x] = crops[1 + row * place.columns + column][y - own * row, x - own * column]
+    added = json.loads((directory / "tokenizer.json").read_text())["added_tokens"]
+    table, first = tensors["model.transformer.wte.new_embedding"].numpy(), config["embedding_size"]
+    rows = {token["content"]: table[token["id"] - first] for token in added if token["id"] >= first}
+    found = []
+    for view in (crops[0], grid):
+        found.append(rows["<im_start>"])
+        for line in view:
+            found += [*(line + rows["<im_patch>"]), rows["<im_col>"]]
+        found.append(rows["<im_end>"])
+    return np.stack(found)
