@@ -47,8 +47,8 @@ def test_convert(
     text = tmp_path / "text.txt"
     text.write_text(calibration_text[:20_000], encoding="utf-8")
     options = ["--text", text, "--chunks", 4, "--window", 64, "--threads", 2, "--pre", "gpt-2", "--sample-rows", 8]
-    budget = ["--target-bpw", 5, "--types", types, "--layout", layout, "--work-dir", work, "--no-report", "--json"]
-    result = run_json("convert", model, out, *budget, *options)
+    budget = ["--target-bpw", 5, "--types", types, "--layout", layout, "--work-dir", work, "--json"]
+    result = run_json("convert", model, out, *budget, *options, "--no-report")
 
     planned = {t["name"]: t for t in json.loads((work / "plan.json").read_text())["tensors"]}
     for layer in range(2):

@@ -56,7 +56,7 @@ def work(model: Path, tmp_path_factory: pytest.TempPathFactory, calibration_text
     text.write_text(calibration_text[:20_000], encoding="utf-8")
     common = [*COMMON, "--work-dir", directory]
     run_json("calibrate", model, "--text", text, "--chunks", 4, "--window", 64, "--no-fisher", *common)
-    run_json("sensitivity", model, *TYPES, *common)
+    run_json("sensitivity", model, *TYPES, "--sample-rows", "all", *common)
     write_gguf(open_source(model, CONVERTERS, pre="gpt-2"), directory / "source.gguf")
     return directory
 

@@ -295,6 +295,7 @@ def test_the_commands(tiny_model: Path, tmp_path: Path) -> None:
     assert {"structure", "plan", "scales", "zeros", "logits", "routing"} <= {name for name in checks if checks[name]}
     assert described.pop("passed")
     described.pop("seconds")
+    assert [row["layer"] for row in described.pop("routing")] == [0, 1, 2, 3]
     assert run_json("inspect", files[0], "--json") == described
     # what no target was given for comes out of the map, in the same files by plan and emit
     made = run_json("plan", tiny_model, "--planner", "mopeq", "--sensitivity", "imatrix", *split, *work)

@@ -250,7 +250,7 @@ def test_what_a_gguf_cannot_give(bf16_gguf: Path, model: Path, out: Path, refuse
 
 def test_stages_out_of_order(model: Path, out: Path, refused: Refused) -> None:
     assert "run mopeq-edge calibrate first" in refused("sensitivity", model)
-    assert "run mopeq-edge calibrate first" in refused("plan", model, *BIG)
+    assert "run mopeq-edge sensitivity first" in refused("plan", model, *BIG)
     assert "plan.json" in refused("emit", model, out)
 
 

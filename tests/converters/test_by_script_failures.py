@@ -200,7 +200,7 @@ def test_what_cannot_be_done_is_said_first(lfm2: Path, tmp_path: Path, monkeypat
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("converted")
 
-    monkeypatch.setattr("mopeq_edge.pipeline_context.converted_gguf", never)
+    monkeypatch.setattr("converters.by_script.converted_gguf", never)
     out = tmp_path / "out.gguf"
 
     def error(command: str, *args: object) -> Exception:
