@@ -71,13 +71,20 @@ def damage_figure(table: SensitivityTable) -> Figure:
         for layer, damage in sorted(by_type[name].items()):
             x = np.full(len(damage), layer + 0.22 * (index - 1))
             panel.scatter(x, damage, s=14, color=colour, marker=marker, alpha=0.7, label=name if layer == 0 else None)
-    panel.set_yscale("log")
+    _logarithmic(panel)
     panel.set_xticks(sorted(by_type[SHOWN_TYPES[0]]))
     panel.set_xlabel("layer")
     panel.set_ylabel("predicted damage of one expert, nats")
     panel.legend(frameon=False)
     panel.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _logarithmic(panel: Any) -> None:
+    """A logarithmic axis whose numbers are plain text."""
+    panel.set_yscale("log")
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_formatter("")
 
 
 def kld_figure(layouts: list[dict[str, Any]], presets: list[dict[str, Any]]) -> Figure:
@@ -92,7 +99,8 @@ def kld_figure(layouts: list[dict[str, Any]], presets: list[dict[str, Any]]) -> 
     panel.scatter(x, y, color=GREY, marker="x", label="llama-quantize, same imatrix")
     for (name, _), left, top in zip(theirs, x, y, strict=True):
         panel.annotate(name, (left, top), xytext=(5, 3), textcoords="offset points", color=GREY, fontsize=8)
-    panel.set_yscale("log")
+    _logarithmic(panel)
+    panel.set_yticks([0.001, 0.002, 0.004, 0.01, 0.02, 0.04])
     panel.set_xlabel("bytes of the file, MB (1e6)")
     panel.set_ylabel("mean KLD, nats")
     panel.legend(frameon=False)
