@@ -43,8 +43,8 @@ def main(layers: int, experts: int, sample_rows: int, types: str, bpw: float, ke
         }
         found = {}
         for name, arguments in steps.items():
-            seconds, peak = run([sys.executable, "-c", "from mopeq_edge.cli import main; main()", *arguments])
-            found[name] = {"seconds": seconds, "peak_mib": peak}
+            done = run([sys.executable, "-c", "from mopeq_edge.cli import main; main()", *arguments])
+            found[name] = {"seconds": done.seconds, "cpu_seconds": done.cpu_seconds, "peak_mib": done.peak_mib}
         print_json({"layers": layers, "experts": experts, "steps": found})
 
 

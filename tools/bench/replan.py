@@ -159,7 +159,7 @@ def main(
             write_sparse_checkpoint(model, Size(n_layer=layers, n_expert=experts))
         if not work.is_dir():
             write_work(WorkDirectory(work), open_header(model, pre=PRE), spread)
-        first, _ = run(command(model, work, "--target-bpw", "3.5", "--json"))
+        first = run(command(model, work, "--target-bpw", "3.5", "--json")).seconds
         found: dict[str, Any] = {"first_seconds": first}
         for layout in ("stock", "per-expert"):
             for budget in bpw:
@@ -168,9 +168,10 @@ def main(
                 stages = [_stages(model, work, *given) for _ in range(rounds)]
                 plan = json.loads((work / "plan.json").read_text())
                 found[f"{layout} {budget:g} bpw"] = {
-                    "seconds": statistics.median(seconds for seconds, _ in runs),
-                    "slowest_seconds": max(seconds for seconds, _ in runs),
-                    "peak_mib": max(peak for _, peak in runs),
+                    "seconds": statistics.median(one.seconds for one in runs),
+                    "slowest_seconds": max(one.seconds for one in runs),
+                    "cpu_seconds": statistics.median(one.cpu_seconds for one in runs),
+                    "peak_mib": max(one.peak_mib for one in runs),
                     "gap": plan["gap"],
                     "stages": {name: statistics.median(s.get(name, 0.0) for s in stages) for name in stages[0]},
                 }
