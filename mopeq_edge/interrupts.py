@@ -44,6 +44,7 @@ def install() -> None:
         # what was ignored (nohup, a background job of a script) stays so
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _raise)
+    sys.unraisablehook = _unraisable
     woken, wakes = socket.socketpair()
     wakes.setblocking(False)
     signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
@@ -53,6 +54,7 @@ def install() -> None:
 def uninstall() -> None:
     """Give the signals back to Python: for a program of its own that decides itself."""
     signal.set_wakeup_fd(-1)
+    sys.unraisablehook = sys.__unraisablehook__
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -73,6 +75,13 @@ def _raise(number: int, _frame: object) -> None:
     for own in _SIGNALS:
         signal.signal(own, signal.SIG_IGN)
     raise Interrupted(number)
+
+
+def _unraisable(found: sys.UnraisableHookArgs) -> None:
+    """A signal that came in a callback of C (llama.cpp's log), from where nothing can be raised: Python would go on."""
+    if isinstance(found.exc_value, Interrupted):
+        end(found.exc_value.number)
+    sys.__unraisablehook__(found)
 
 
 def _watch(woken: socket.socket, wakes: socket.socket) -> None:

@@ -94,3 +94,23 @@ def test_what_was_ignored_stays_so(tmp_path: Path) -> None:
         child.send_signal(signal.SIGINT)
         assert child.stdout.read() == b"done\n"
     assert child.returncode == 0
+
+
+CALLBACK = """
+import os, signal
+compare_type = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+def compare(a, b):
+    os.kill(os.getpid(), signal.SIGINT)
+    return 0
+numbers = (ctypes.c_int * 2)(2, 1)
+ctypes.CDLL(None).qsort(numbers, 2, 4, compare_type(compare))
+print("went on", flush=True)
+"""
+"""What is raised in a function that C calls goes nowhere: Python prints it and returns to C."""
+
+
+def test_a_signal_in_a_callback_of_c_is_not_lost(tmp_path: Path) -> None:
+    child = start(tmp_path, CALLBACK)
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, out) == (130, b"")
+    assert err.decode() == interrupts.MESSAGE
