@@ -96,7 +96,11 @@ def _records(path: Path) -> list[tuple[int, int]]:
 
 
 def _check_member(path: Path, member: zipfile.ZipInfo) -> None:
-    name = printable(member.filename, 200)
+    name, size = printable(member.filename, 200), path.stat().st_size
+    if not 0 <= member.header_offset < size:
+        raise FormatError(
+            f"{path}: '{name}' begins at byte {member.header_offset}, expected one of its {size}; {_INSTEAD}"
+        )
     if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
         raise FormatError(f"{path}: '{name}' is compressed, expected data as stored; {_INSTEAD}")
     if member.filename.endswith(".pkl") and member.file_size > MAX_PICKLE:

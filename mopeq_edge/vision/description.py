@@ -157,6 +157,8 @@ def read_description(text: str | None, where: str) -> Description:
             mean=layout.colour("mean"),
             std=layout.colour("std"),
         )
+        if described.side % described.patch:
+            raise layout.wrong("patch")
         n_side, left = described.side // described.patch, described.margins[0]
         # four patches are one token
         if n_side <= sum(described.margins) or left % 2 or n_side % 2:

@@ -240,6 +240,16 @@ def test_what_is_compressed_is_not_unpacked(tmp_path: Path) -> None:
         assert f"'{name}' is compressed, expected data as stored" in refused(path)
 
 
+def test_a_member_that_begins_nowhere(tmp_path: Path) -> None:
+    """Found by fuzzing: a place beyond 2^63 in the archive's directory."""
+    path = tmp_path / TORCH_SINGLE
+    torch.save(tensors(), path)
+    with zipfile.ZipFile(path, "a") as archive:
+        next(m for m in archive.infolist() if m.filename.endswith("/data/0")).header_offset = 2**63 + 8
+        archive.writestr("archive/last", b"")
+    assert "/data/0' begins at byte 92233720368547" in refused(path)
+
+
 def test_a_pickle_larger_than_any_list_of_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save(tensors(), tmp_path / TORCH_SINGLE)
     monkeypatch.setattr("mopeq_edge.source.torch_file.MAX_PICKLE", 100)

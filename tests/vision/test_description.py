@@ -105,6 +105,14 @@ def test_what_is_broken_is_named(path: tuple[str, ...], value: Any, message: str
     assert "\n" not in str(caught.value)
 
 
+def test_crops_of_parts_of_patches() -> None:
+    """Found by fuzzing: cropping then cut a window into patches that do not fill it."""
+    found = json.loads(CROPPED.text())
+    found["layout"]["side"] += 1
+    with pytest.raises(FormatError, match=r"^x: 'mopeq.vision' has layout\.patch"):
+        read_description(json.dumps(found), "x")
+
+
 def test_crops_without_end() -> None:
     found = json.loads(CROPPED.text())
     found["layout"]["most"] = 64
