@@ -68,6 +68,7 @@ def test_frameworks_stay_where_models_run() -> None:
         "train_moe",
         "narrow_experts",
         "crash_test",
+        "vision_agreement",
         "vision_language_checkpoints",
         "fuzz/seeds",
     )

@@ -25,7 +25,8 @@ def commands(first: str) -> list[Line]:
 
 def check(command: click.Command, words: list[str], parent: click.Context | None, name: str) -> None:
     if isinstance(command, click.Group):
-        context = click.Context(command, info_name=name, parent=parent)
+        # its settings: click keeps the help option that a command is first asked with
+        context = click.Context(command, info_name=name, parent=parent, **command.context_settings)
         child = command.get_command(context, words[0])
         assert child is not None, f"{name} {words[0]}: no such command"
         check(child, words[1:], context, words[0])
