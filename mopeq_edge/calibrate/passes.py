@@ -98,7 +98,7 @@ def forward(
             slots = (layer, layer + 1) if keep else (0, 0)
             positions = _positions(model, windows, layer)
             with model.block(layer) as block:
-                run = partial(_forward_batch, model, block, positions, windows, states, slots, together)
+                run = partial(_batch, forward_window, model, block, positions, windows, states, slots, together)
                 for recorder in each_window(run, len(together), threads, step, lambda n: len(together[n])):
                     for kind, own in recorder.by_kind().items():
                         found[kind].activation.merge(own.activation)
@@ -184,7 +184,7 @@ def backward(
         for layer in reversed(range(model.n_layer)):
             positions = _positions(model, windows, layer)
             with model.block(layer) as block:
-                run = partial(_backward_batch, model, block, positions, windows, states, (layer, top), together)
+                run = partial(_batch, backward_window, model, block, positions, windows, states, (layer, top), together)
                 for recorder in each_window(run, len(together), threads, step, lambda n: len(together[n])):
                     for kind, own in recorder.by_kind().items():
                         found[kind].gradient.merge(own.gradient)
@@ -195,7 +195,8 @@ def backward(
     return found, embedding * model.embedding_scale**2
 
 
-def _forward_batch(
+def _batch(
+    work: Callable[..., None],
     model: BlockModel,
     block: nn.Module,
     positions: dict[int, Positions],
@@ -205,27 +206,11 @@ def _forward_batch(
     together: Sequence[range],
     number: int,
 ) -> Recorder | KindsRecorder:
+    """``work``, :func:`forward_window` or :func:`backward_window`, on one batch of windows."""
     batch = together[number]
     window = windows[batch.start]
     recorder = recorder_of(window)
-    forward_window(model, block, positions[len(window)], states, slots, batch.start, recorder, len(batch))
-    return recorder
-
-
-def _backward_batch(
-    model: BlockModel,
-    block: nn.Module,
-    positions: dict[int, Positions],
-    windows: Sequence[Window],
-    states: HiddenStates,
-    slots: tuple[int, int],
-    together: Sequence[range],
-    number: int,
-) -> Recorder | KindsRecorder:
-    batch = together[number]
-    window = windows[batch.start]
-    recorder = recorder_of(window)
-    backward_window(model, block, positions[len(window)], states, slots, batch.start, recorder, len(batch))
+    work(model, block, positions[len(window)], states, slots, batch.start, recorder, len(batch))
     return recorder
 
 

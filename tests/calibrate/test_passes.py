@@ -360,7 +360,7 @@ def test_states_on_disk_change_no_bit_and_leave_nothing(
     def refuse(*args: object) -> None:
         raise RuntimeError("stop")
 
-    monkeypatch.setattr(passes, "_forward_batch", refuse)
+    monkeypatch.setattr(passes, "_batch", refuse)
     with pytest.raises(RuntimeError, match="stop"):
         run(case.source, case.windows, tmp_path / "s")
     assert list((tmp_path / "s").iterdir()) == []
