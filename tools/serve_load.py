@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -222,8 +222,9 @@ def note_memory(report: Report, samples: Sequence[Sample]) -> None:
     report.anon_peak = max(s.anon for s in samples)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command(load: Callable[..., Any], description: str | None, argv: Sequence[str] | None = None) -> int:
+    """The command line of a load test: runs ``load(file, seconds, seed=, clients=)`` and prints its report as JSON."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--clients", type=int, default=CLIENTS)
@@ -236,6 +237,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.json:
         given.json.write_text(text + "\n")
     return int(bool(report.failures or report.wrong))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command(load, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ after, one client alone asks every question greedily. The server goes on from no
 
 from __future__ import annotations
 
-import argparse
 import base64
 import http.client
 import io
@@ -28,7 +27,7 @@ from PIL import Image
 
 from mopeq_edge.memory.process import Sampler
 from mopeq_edge.runtime.server import Server
-from tools.serve_load import CLIENTS, KEY, Report, go_away, note_memory, post
+from tools.serve_load import CLIENTS, KEY, Report, command, go_away, note_memory, post
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TOKENS = 16
@@ -201,19 +200,7 @@ def load(file: Path, seconds: float, *, seed: int = 1, clients: int = CLIENTS, c
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--minutes", type=float, default=5)
-    parser.add_argument("--clients", type=int, default=CLIENTS)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args(argv)
-    report = load(given.file, 60 * given.minutes, seed=given.seed, clients=given.clients)
-    text = json.dumps(report.as_dict(), indent=1)
-    print(text)
-    if given.json:
-        given.json.write_text(text + "\n")
-    return int(bool(report.failures or report.wrong))
+    return command(load, __doc__, argv)
 
 
 if __name__ == "__main__":
