@@ -139,11 +139,11 @@ def save(model: Any, shape: Shape, out: Path, dtype: torch.dtype = torch.bfloat1
         model.save_pretrained(out)
         return
     state = {name: value.detach() for name, value in model.state_dict().items()}
-    save_file(dict(_one_by_one(state)), out / "model.safetensors", metadata={"format": "pt"})
+    save_file(dict(one_by_one(state)), out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(_deepseek_config(model.config), indent=2, sort_keys=True) + "\n")
 
 
-def _one_by_one(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def one_by_one(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Packed experts as one tensor for each matrix of each expert, as DeepSeek's checkpoints have them."""
     for name, value in state.items():
         prefix = name.rpartition(".")[0]

@@ -115,8 +115,6 @@ def renamed_model(directory: Path) -> Any:
 
 def plain_model(directory: Path) -> Any:
     """The decoder inside DeepSeek-OCR-2, its packed experts filled from the files."""
-    import torch
-    from safetensors.torch import load_file
     from transformers.models.deepseek_ocr2.configuration_deepseek_ocr2 import DeepseekOcr2TextConfig
 
     from tools.tiny_models import DeepseekTextLM
@@ -131,7 +129,14 @@ def plain_model(directory: Path) -> Any:
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
     settings._attn_implementation = "sdpa"
-    model = DeepseekTextLM(settings).eval()
+    return fill_plain(DeepseekTextLM(settings).eval(), directory)
+
+
+def fill_plain(model: Any, directory: Path) -> Any:
+    """``model`` with the text weights of the DeepSeek-VL2 in ``directory``."""
+    import torch
+    from safetensors.torch import load_file
+
     files = {
         name.removeprefix("language."): value for name, value in load_file(directory / "model.safetensors").items()
     }
