@@ -31,7 +31,8 @@ from mopeq_edge.plan.candidates import FLOORS, parse_types
 from mopeq_edge.plan.options import PlanOptions
 from mopeq_edge.progress import Progress
 from mopeq_edge.runtime.tools import run_tool
-from mopeq_edge.sensitivity.pricing import SensitivityTable, Statistics
+from mopeq_edge.sensitivity.pricing import Statistics
+from mopeq_edge.sensitivity.table import SensitivityTable
 from mopeq_edge.source.checkpoint import Checkpoint, read_json_object
 from mopeq_edge.source.roles import Role
 from tools.sight_accuracy import Files, measure, show

@@ -20,7 +20,7 @@ SIGHT = Path(__file__).parents[2] / "examples" / "tiny-sight"
 
 pytestmark = pytest.mark.runtime
 
-PICTURES = 48
+PICTURES = 36
 BPW = 3.6
 """Of the GGUF as a whole; experts then have 3 bits a weight."""
 
@@ -50,11 +50,11 @@ def test_in_3_bits(layout: str, vision_type: str, asked: Sequence[Case], tmp_pat
     ``run`` says what it sees in a file.
     """
     out = tmp_path / "out.gguf"
-    given = ["--text", SIGHT / "calibration.txt", "--window", 64, "--chunks", 16, "--threads", 1, "--no-evaluate"]
-    given += ["--images", SIGHT / "pictures", "--max-images", 8]
+    given = ["--text", SIGHT / "calibration.txt", "--window", 64, "--chunks", 8, "--threads", 1, "--no-evaluate"]
+    given += ["--images", SIGHT / "pictures", "--max-images", 4]
     invoke("convert", SIGHT, out, "--target-bpw", BPW, "--layout", layout, "--vision-type", vision_type, *given)
     assert expert_bits(out) < 3.1
-    assert right(out, SEEN, asked) > 0.85
+    assert right(out, SEEN, asked) > 0.8
     by_guess = guessed(asked)
     assert by_guess < 0.5
     for which in (GREY, OTHER):
@@ -70,4 +70,4 @@ def test_the_checkpoint_itself(asked: Sequence[Case]) -> None:
     tokenizer = Tokenizer.from_file(str(SIGHT / "tokenizer.json"))
     again, batches = zip(*cases(tokenizer, PICTURES), strict=True)
     assert [case.asked for case in again] == [case.asked for case in asked]
-    assert shares(in_torch(SIGHT, tokenizer, batches, asked))["all"] > 0.9
+    assert shares(in_torch(SIGHT, tokenizer, batches, asked))["all"] > 0.8
