@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from mopeq_edge.errors import ExtraMissingError, PlanError
+from mopeq_edge.pictures.figure import require_matplotlib
 from mopeq_edge.plan.budget import Budget
 from mopeq_edge.study.bootstrap import Estimate
 from mopeq_edge.study.cases import Grid
 from mopeq_edge.study.ground_truth import Correlation, Unit, correlations
-from mopeq_edge.study.plots import kld_picture, prediction_picture, require_matplotlib
+from mopeq_edge.study.plots import kld_picture, prediction_picture
 from mopeq_edge.study.report import as_json, correlation_json, correlation_markdown, entries, label, markdown
 from mopeq_edge.study.rows import Row
 
