@@ -30,9 +30,10 @@ def require_matplotlib(what: str = "pictures", *modules: str) -> None:
     for module in (*modules, "matplotlib.style"):
         try:
             import_module(module)
-        except ImportError as error:
+        except ImportError:
+            name = module.partition(".")[0]
             raise ExtraMissingError(
-                f"{what} need {error.name}, which is not installed; run: pip install 'mopeq-edge[pictures]'"
+                f"{what} need {name}, which is not installed; run: pip install 'mopeq-edge[pictures]'"
             ) from None
 
 
