@@ -9,11 +9,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from PIL import Image
-
-from mopeq_edge.errors import FormatError
 from mopeq_edge.serving.refusal import RefusalError
-from mopeq_edge.vision.image_file import decode_image
 
 _HEAD = re.compile(r"data:[\w.+/-]*(?:;[\w.=+-]+)*;base64,", re.ASCII)
 _MOST_HEAD = 200
@@ -30,13 +26,6 @@ class Picture:
     def digest(self) -> str:
         """The same for the same bytes."""
         return hashlib.sha256(self.data).hexdigest()
-
-    def decode(self, most_pixels: int) -> Image.Image:
-        """The picture. Raises :class:`RefusalError` for what is none, is damaged or too large."""
-        try:
-            return decode_image(self.data, self.path, most_pixels)
-        except FormatError as error:
-            raise RefusalError(str(error), param=self.path, code="invalid_image") from None
 
 
 def parse_image(value: Any, path: str) -> Picture:
