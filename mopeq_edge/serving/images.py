@@ -42,9 +42,13 @@ def parse_image(value: Any, path: str) -> Picture:
             param=path,
             code="invalid_image_url",
         )
+    return Picture(parse_base64(url[head.end() :], path), path)
+
+
+def parse_base64(value: Any, path: str) -> bytes:
+    """The bytes. Raises :class:`RefusalError`."""
     try:
         # without their line breaks, which some clients send
-        data = base64.b64decode("".join(url[head.end() :].split()), validate=True)
-    except (binascii.Error, ValueError):
+        return base64.b64decode("".join(value.split()), validate=True)
+    except (AttributeError, binascii.Error, ValueError):
         raise RefusalError(f"{path} is not base64", param=path, code="invalid_image_url") from None
-    return Picture(data, path)
