@@ -48,6 +48,8 @@ def make_front(socket: Path, most_pixels: int = MOST_PIXELS, most_body: int = MO
                 await _pass_on(reply, send)
         except RefusalError as error:
             await refused(error)(request.scope, request.receive, send)
+        except RecursionError:
+            await refused(RefusalError("the body is nested too deep"))(request.scope, request.receive, send)
         except (OSError, h11.ProtocolError):
             # once the answer has begun, its end in the middle says so
             if not started:

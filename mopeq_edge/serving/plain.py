@@ -26,8 +26,6 @@ def read_json(body: bytes) -> Any:
     """What is in ``body``; None if that is no JSON, of which llama-server says what is wrong with it."""
     try:
         return json.loads(body)
-    except RecursionError:
-        raise RefusalError("the body is nested too deep") from None
     except ValueError:
         return None
 

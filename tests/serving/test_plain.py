@@ -114,5 +114,3 @@ def test_what_has_none() -> None:
         assert not has_media(body)
     assert read_json(b"{no json") is None
     assert read_json(b'"\xff"') is None
-    with pytest.raises(RefusalError, match="nested too deep"):
-        read_json(b"[" * 200_000)
