@@ -93,7 +93,7 @@ def serve(engine: str, build: str, file: Path, args: tuple[str, ...]) -> None:
     Per-expert files run in the llama.cpp that mopeq-edge patches and installs, all others in any. What follows
     FILE, also after a --, is llama-server's: mopeq-edge serve FILE -- --help shows its help. It listens on 127.0.0.1
     unless --host names another address; --api-key KEY is for what other machines reach. Where mmproj-FILE lies beside,
-    it is given to llama-server too.
+    it is given to llama-server too, and pictures of requests are read here first.
 
     Where FILE's .vision.onnx lies beside, mopeq-edge itself answers, by llama.cpp's library: chat with pictures, and
     completions with log-probabilities, in OpenAI's API (docs/serve.md). Then ARGS are --host, --port, --api-key, -c,
