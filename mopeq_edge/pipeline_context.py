@@ -17,7 +17,7 @@ from mopeq_edge.source.model import Source
 from mopeq_edge.source.remote import ModelURL
 from mopeq_edge.workdir import WorkDirectory
 
-HASHES, DESCRIPTION = "hashes.json", "source.json"
+HASHES, DESCRIPTION = "hashes.json", "description.gguf"
 CODE = tuple(Path(__file__).parents[1] / folder for folder in ("converters", "mopeq_edge/source"))
 """Folders of the code that reads names, shapes and key-values."""
 

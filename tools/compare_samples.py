@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from mopeq_edge.ggml.types import GgmlType
-from mopeq_edge.pipeline import run_emit, run_plan, run_sensitivity
+from mopeq_edge.pipeline import planner_of, run_emit, run_plan, run_sensitivity
 from mopeq_edge.plan.artifact import PER_EXPERT, STOCK, Plan
 from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.candidates import FLOORS
@@ -52,7 +52,7 @@ def compare(model: Setup, budgets: tuple[float, ...]) -> list[dict[str, Any]]:
             found = {}
             for n, table in tables.items():
                 options = PlanOptions(FISHER, model.types, FLOORS, layout)
-                plan = run_plan(context, table, statistics, Budget(gb=budget), options)
+                plan = run_plan(context, planner_of(context, table, statistics, options), Budget(gb=budget))
                 path = context.work.file(f"rows-{n}-{layout}-{budget}.gguf")
                 run_emit(context, plan, statistics, path)
                 found[n] = {"damage": damage_by(model.table, plan), **numbers(model, path)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,37 +187,38 @@ def plan(model: Path | ModelURL, **given: Any) -> None:
     from mopeq_edge.alone import alone
     from mopeq_edge.atomic import atomic_write
     from mopeq_edge.cli.console import console_progress, print_json, print_table
-    from mopeq_edge.pipeline import load_sensitivity, run_forecast, run_plan
+    from mopeq_edge.pipeline import load_sensitivity, planner_of, run_forecast, run_plan
     from mopeq_edge.pipeline_calibrate import load_calibrated
-    from mopeq_edge.pipeline_fits import run_plan_that_fits
     from mopeq_edge.plan.artifact import tensor_type_lines, write_plan
     from mopeq_edge.plan.options import for_llama_quantize
     from mopeq_edge.sensitivity.pricing import Statistics
-    from mopeq_edge.sensitivity.scores import BEST
+    from mopeq_edge.sensitivity.scores import best_score
 
     budget, fits, request = options.budget(given), options.fits_request(given), options.plan_request(given)
     if given["tensor_type_file"] is not None:
         request = for_llama_quantize(request)
     with console_progress() as progress, alone(options.work_directory(given["work_dir"], model)):
         context = _described(model, given, progress)
-        table = load_sensitivity(context.work)
+        table = load_sensitivity(context.work, partial(best_score, asked=request.sensitivity))
         calibrated = load_calibrated(context, table.quantized_with, entries=False)
         statistics = Statistics() if calibrated is None else calibrated.statistics
         if calibrated is None:
             progress.note("note: planned by the weights alone; what calibrate measures makes better plans")
-        if request.sensitivity == "auto":
-            request = replace(request, sensitivity=next(s for s in BEST if s in table.scores))
+        request = replace(request, sensitivity=best_score(table.scores, request.sensitivity))
         tower, beside = _beside(context, given)
         if fits is not None:
             fits = replace(fits, tower=tower, beside=beside)
         if budget is not None:
             budget = replace(budget, beside=(*(tower.files if tower is not None else ()), *beside))
         fit: Fit | None = None
+        planner = planner_of(context, table, statistics, request)
         if fits is None:
-            made = run_plan(context, table, statistics, budget, request)
+            made = run_plan(context, planner, budget)
         else:
-            made, fit, budget = run_plan_that_fits(context, table, statistics, fits, request)
-        comparison = run_forecast(context, table, statistics, budget, request, made)
+            from mopeq_edge.pipeline_fits import run_plan_that_fits
+
+            made, fit, budget = run_plan_that_fits(context, planner, fits)
+        comparison = run_forecast(planner, statistics.routing, budget, made)
     if given["output"] is not None:
         write_plan(made, given["output"])
     if given["tensor_type_file"] is not None:
