@@ -46,14 +46,32 @@ def run_sensitivity(
     types: tuple[GgmlType, ...],
     quantize_with: str,
     sample_rows: SampleRows,
+    *,
+    rows_only: bool = False,
 ) -> SensitivityTable:
-    """The sensitivity stage; ``calibrated`` None measures without an imatrix."""
-    inputs = [context.source_sha256, calibrated.made_from if calibrated else NO_IMATRIX]
+    """The sensitivity stage; ``calibrated`` None measures without an imatrix.
+
+    With ``rows_only`` nothing but the measured rows is read, not even for a hash: sizes and times of its files then
+    name the source.
+    """
+    inputs = [
+        context.source_stamp if rows_only else context.source_sha256,
+        calibrated.made_from if calibrated else NO_IMATRIX,
+    ]
     if (padding := expert_padding(context.source)) is not None:
         inputs.append(f"padded to {padding.padded}")
     if calibrated is not None and calibrated.statistics.traces is not None:
         inputs.append(calibrated.statistics.traces.made_from)
-    made_from = digest(["sensitivity 4", *inputs, sorted(t.name for t in types), quantize_with, sample_rows])
+    made_from = digest(
+        [
+            "sensitivity 4",
+            *inputs,
+            sorted(t.name for t in types),
+            quantize_with,
+            sample_rows,
+            *(["rows only"] if rows_only else []),
+        ]
+    )
     stage, name = f"sensitivity-{quantize_with}", f"sensitivity-{quantize_with}.safetensors"
     if not context.work.has(stage, made_from):
         table = measure_sensitivity(
@@ -63,6 +81,7 @@ def run_sensitivity(
             quantize_with,
             context.engine or LocalEngine(context.threads, load_ggml()),
             sample_rows=sample_rows,
+            rows_only=rows_only,
             made_from=made_from,
             progress=context.progress,
         )

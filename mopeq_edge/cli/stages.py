@@ -132,8 +132,11 @@ def sensitivity(model: Path | ModelURL, **given: Any) -> None:
     from mopeq_edge.pipeline import run_sensitivity
     from mopeq_edge.pipeline_calibrate import load_calibrated
     from mopeq_edge.plan.candidates import parse_types
+    from mopeq_edge.sensitivity.sample import share_read
     from mopeq_edge.sensitivity.scores import UNITS
 
+    if given["rows_only"] and given["sample_rows"] is None:
+        raise click.UsageError("--rows-only with --sample-rows all: all rows are to be measured; leave out one of them")
     with (
         console_progress() as progress,
         alone(options.work_directory(given["work_dir"], model)),
@@ -144,17 +147,23 @@ def sensitivity(model: Path | ModelURL, **given: Any) -> None:
         calibrated = load_calibrated(context, kind)
         if kind == "auto" and calibrated is not None:
             kind = calibrated.statistics.richest
-        table = run_sensitivity(context, calibrated, parse_types(given["types"]), kind, given["sample_rows"])
+        types, sample, rows_only = parse_types(given["types"]), given["sample_rows"], given["rows_only"]
+        table = run_sensitivity(context, calibrated, types, kind, sample, rows_only=rows_only)
+        matrices = [tensor for tensor in context.source.tensors if tensor.quantizable]
+        share = share_read(matrices, sample) if rows_only else 1.0
     errors = {score: table.relative_error(score) for score in table.scores}
     file = context.work.file(f"sensitivity-{kind}.safetensors")
     if given["as_json"]:
-        print_json({"file": str(file), "quantized_with": kind, "relative_sampling_error": errors})
+        found = {"file": str(file), "quantized_with": kind, "relative_sampling_error": errors}
+        print_json({**found, "rows_only": rows_only, "share_of_weights_read": share})
         return
     rows = [
         ("file", str(file)),
         ("quantized with", "no imatrix" if calibrated is None else f"{kind} imatrix"),
         ("tensors", str(len(table.errors))),
     ]
+    if rows_only:
+        rows.append(("rows", f"{100 * share:.2g} % of the weights were read; norms are estimates"))
     rows += [(score, f"{UNITS[score]}; sampling error at most {100 * e:.2f} %") for score, e in errors.items()]
     print_table(rows_table(f"sensitivity of {model}", rows))
 

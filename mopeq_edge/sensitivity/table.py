@@ -38,6 +38,8 @@ class SensitivityTable:
     unrouted: tuple[str, ...]
     sample_rows: SampleRows
     made_from: str
+    rows_only: bool = False
+    """Whether no rows but those were read: then norms are estimates, and so are the largest weights."""
 
     def require(self, name: str, score: str) -> TensorErrors:
         """Errors of the tensor ``name``. Raises :class:`PlanError` if it has no damage by ``score``."""
@@ -81,6 +83,7 @@ def write_table(table: SensitivityTable, path: Path) -> None:
         "scores": list(table.scores),
         "types": {name: list(errors.types) for name, errors in table.errors.items()},
         "unrouted": list(table.unrouted),
+        **({"rows_only": True} if table.rows_only else {}),
     }
     write_arrays(path, FORMAT, VERSION, info, arrays)
 
@@ -94,7 +97,7 @@ def read_table(path: Path, choose: Callable[[Sequence[str]], str] | None = None)
     again = "run sensitivity again"
     info = read_info(path, FORMAT, VERSION, again)
     with refusing(path, FORMAT, again):
-        require(info, _INFO)
+        require({"rows_only": False, **info}, _INFO)
         scores = tuple(info["scores"])
     if choose is not None:
         wanted = choose((*scores, FISHER_TRACE) if {FISHER, TRACE} <= set(scores) else scores)
@@ -112,7 +115,14 @@ def read_table(path: Path, choose: Callable[[Sequence[str]], str] | None = None)
     if all(FISHER_TRACE in own.damage for own in errors.values()):
         scores += (FISHER_TRACE,)
     return SensitivityTable(
-        errors, mopeq, scores, info["quantized_with"], tuple(info["unrouted"]), info["sample_rows"], info["made_from"]
+        errors,
+        mopeq,
+        scores,
+        info["quantized_with"],
+        tuple(info["unrouted"]),
+        info["sample_rows"],
+        info["made_from"],
+        info.get("rows_only", False),
     )
 
 
@@ -120,6 +130,7 @@ _INFO: dict[str, Check] = {
     "made_from": lambda value: isinstance(value, str),
     "quantized_with": lambda value: isinstance(value, str),
     "sample_rows": lambda value: value is None or value == AUTO or is_count(value),
+    "rows_only": lambda value: isinstance(value, bool),
     "scores": is_texts,
     "types": lambda value: isinstance(value, dict) and all(is_texts(names) and names for names in value.values()),
     "unrouted": is_texts,

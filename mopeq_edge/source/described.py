@@ -61,6 +61,11 @@ def stamp(model: Path, options: Iterable[object], code: Iterable[Path]) -> str:
     return digest([VERSION, _version_of("transformers"), [str(option) for option in options], found])
 
 
+def stamp_of_files(files: Iterable[Path]) -> str:
+    """Changes when one of ``files`` does, as far as names, sizes, times and inodes tell."""
+    return digest(["files 1", [_of_file(path.absolute()) for path in sorted(files)]])
+
+
 def write_description(source: Source, path: Path, made_from: str) -> None:
     """Keep what ``source`` is; a place that cannot be written only costs time."""
     body = {

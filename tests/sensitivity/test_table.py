@@ -65,6 +65,9 @@ def test_what_goes_in_comes_out(tmp_path: Path) -> None:
         np.testing.assert_array_equal(one.errors[name].damage["mopeq"], errors.damage["mopeq"])
     with pytest.raises(PlanError, match="has no 'hybrid' damage"):
         read_table(tmp_path / "t", lambda _: "hybrid").require("output.weight", "hybrid")
+    assert not back.rows_only
+    write_table(dataclasses.replace(table, rows_only=True), tmp_path / "t")
+    assert read_table(tmp_path / "t").rows_only
     whole = dataclasses.replace(table, sample_rows=None, unrouted=())
     write_table(whole, tmp_path / "t")
     assert (read_table(tmp_path / "t").sample_rows, read_table(tmp_path / "t").unrouted) == (None, ())
