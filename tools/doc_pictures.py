@@ -7,20 +7,18 @@ measured, into docs/pictures. The same numbers give the same bytes.
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
-import matplotlib.style
 import numpy as np
 from matplotlib.figure import Figure
 
 from mopeq_edge.atomic import atomic_write
 from mopeq_edge.calibrate.statistics import Routing, read_routing
-from mopeq_edge.pictures.draw import METADATA, STYLE, map_picture
+from mopeq_edge.pictures.draw import map_picture
+from mopeq_edge.pictures.figure import drawn
 from mopeq_edge.pictures.type_map import read_type_map
 from mopeq_edge.pipeline import load_sensitivity
 from mopeq_edge.pipeline_calibrate import ROUTING_FILE
@@ -108,14 +106,6 @@ def kld_figure(layouts: list[dict[str, Any]], presets: list[dict[str, Any]]) -> 
     return figure
 
 
-def svg(draw: Callable[[], Figure]) -> bytes:
-    """The figure as SVG in the project's style."""
-    with matplotlib.style.context(["default", STYLE]):
-        buffer = io.BytesIO()
-        draw().savefig(buffer, format="svg", metadata=METADATA["svg"])
-        return buffer.getvalue()
-
-
 @click.command()
 @click.argument("work", type=click.Path(exists=True, path_type=Path))
 @click.option("--layouts", type=click.Path(exists=True, path_type=Path), required=True, help="compare_layouts --json.")
@@ -126,9 +116,9 @@ def main(work: Path, layouts: Path, presets: Path) -> None:
     table = load_sensitivity(directory)
     measured = [json.loads(path.read_text()) for path in (layouts, presets)]
     pictures = {
-        "routing.svg": svg(lambda: routing_figure(read_routing(directory.file(ROUTING_FILE)))),
-        "damage.svg": svg(lambda: damage_figure(table)),
-        "kld.svg": svg(lambda: kld_figure(*measured)),
+        "routing.svg": drawn(lambda: routing_figure(read_routing(directory.file(ROUTING_FILE))), "svg"),
+        "damage.svg": drawn(lambda: damage_figure(table), "svg"),
+        "kld.svg": drawn(lambda: kld_figure(*measured), "svg"),
         "map.png": map_picture(read_type_map(directory.file("plan.json")), "png"),
     }
     PICTURES.mkdir(exist_ok=True)

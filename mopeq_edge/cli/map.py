@@ -25,7 +25,8 @@ def map_command(plan_or_gguf: Path, output: Path, scatter: bool, force: bool) ->
     """
     from mopeq_edge.atomic import atomic_write, check_output
     from mopeq_edge.errors import OutputError
-    from mopeq_edge.pictures.draw import FORMATS, map_picture
+    from mopeq_edge.pictures.draw import map_picture
+    from mopeq_edge.pictures.figure import FORMATS
     from mopeq_edge.pictures.type_map import read_type_map
 
     picture_format = output.suffix.lower().removeprefix(".")

@@ -55,7 +55,7 @@ def report(
     from mopeq_edge.cli.console import console_progress, print_json
     from mopeq_edge.errors import MopeqError
     from mopeq_edge.report.artifacts import read_artifacts
-    from mopeq_edge.report.charts import require_matplotlib
+    from mopeq_edge.report.charts import require_libraries
     from mopeq_edge.report.document import make_report
     from mopeq_edge.report.page import parts_missing
     from mopeq_edge.split import gguf_parts
@@ -66,7 +66,7 @@ def report(
     if output is None:
         output = default_output(path)
     if wanted:
-        require_matplotlib()
+        require_libraries()
         inputs = [] if path.is_dir() else gguf_parts(path)
         check_output(output, [*inputs, validation] if validation is not None else inputs, force=force)
     with console_progress() as progress:
@@ -105,11 +105,11 @@ def report_of_conversion(out: Path, work: Path, output: Path, progress: Progress
     """Write the report at the end of ``convert``; one line of what became of it. A report never makes that fail."""
     from mopeq_edge.errors import MopeqError
     from mopeq_edge.report.artifacts import read_artifacts
-    from mopeq_edge.report.charts import require_matplotlib
+    from mopeq_edge.report.charts import require_libraries
     from mopeq_edge.report.document import make_report
 
     try:
-        require_matplotlib()
+        require_libraries()
         write_page(make_report(read_artifacts(out, work), progress), output)
     except (MopeqError, OSError) as error:
         return f"{LEFT_OUT}: {error}"

@@ -61,7 +61,7 @@ def study(model: Path, **given: Any) -> None:
     """
     from mopeq_edge.alone import alone
     from mopeq_edge.cli.console import console_progress
-    from mopeq_edge.study.plots import require_matplotlib
+    from mopeq_edge.pictures.figure import require_matplotlib
 
     if given["pictures"]:
         require_matplotlib()

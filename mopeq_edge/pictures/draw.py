@@ -1,33 +1,20 @@
-"""Draws the map of types. The same map gives the same bytes, whatever the user's settings of matplotlib are."""
+"""Draws the map of types."""
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mopeq_edge.errors import ExtraMissingError
+from mopeq_edge.pictures.figure import drawn
 from mopeq_edge.pictures.type_map import TypeMap
 from mopeq_edge.units import format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-FORMATS = ("png", "svg")
-METADATA: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
-"""Nothing that changes with the clock or the version."""
-
-STYLE: dict[str, Any] = {
-    "font.size": 9,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "mopeq-edge",
-    "savefig.dpi": 120,
-    "text.parse_math": False,
-}
 
 COLOUR_AT: tuple[tuple[float, ...], tuple[float, ...]] = (
     (1, 2, 3, 4.5, 6.5, 16, 32),
@@ -52,19 +39,14 @@ def map_picture(types: TypeMap, picture_format: str, *, scatter: bool = False) -
     projection a column a layer, in which the experts stand from left to right at their bits per weight. Raises
     :class:`ExtraMissingError` without matplotlib.
     """
-    try:
-        import matplotlib.style
-    except ImportError:
-        raise ExtraMissingError(
-            "pictures need matplotlib, which is not installed; run: pip install 'mopeq-edge[pictures]'"
-        ) from None
-    with matplotlib.style.context(["default", STYLE]):
+
+    def draw() -> Figure:
         figure = _scatter(types) if scatter else _heat_map(types)
         figure.suptitle(_title(types))
         _legend(figure, types)
-        file = io.BytesIO()
-        figure.savefig(file, format=picture_format, metadata=METADATA[picture_format])
-    return file.getvalue()
+        return figure
+
+    return drawn(draw, picture_format)
 
 
 def colour(bpw: float) -> tuple[float, float, float, float]:

@@ -5,13 +5,11 @@ The same numbers give the same bytes. What a chart shows is also in a table besi
 
 from __future__ import annotations
 
-import io
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mopeq_edge.errors import ExtraMissingError
+from mopeq_edge.pictures.figure import drawn, require_matplotlib
 from mopeq_edge.plan.artifact import PER_EXPERT, STOCK
 from mopeq_edge.report.artifacts import Missing
 from mopeq_edge.report.coverage import Coverage
@@ -36,10 +34,6 @@ VARIABLES: Mapping[str, str] = {
 """Colours that nothing else has stand for variables of the page's style sheet."""
 
 STYLE: Mapping[str, Any] = {
-    "font.size": 9,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "mopeq-edge",
-    "text.parse_math": False,
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": MUTED,
@@ -64,15 +58,9 @@ ROOM = (70, 14)
 MOST_TICKS = 12
 
 
-def require_matplotlib() -> None:
+def require_libraries() -> None:
     """Raise :class:`ExtraMissingError` without the libraries of the extra ``pictures``."""
-    try:
-        import jinja2  # noqa: F401
-        import matplotlib.style  # noqa: F401
-    except ImportError as error:
-        raise ExtraMissingError(
-            f"reports need {error.name}, which is not installed; run: pip install 'mopeq-edge[pictures]'"
-        ) from None
+    require_matplotlib("reports", "jinja2")
 
 
 def charts(report: Report) -> dict[str, str]:
@@ -93,18 +81,7 @@ def charts(report: Report) -> dict[str, str]:
 
 
 def _chart(name: str, draw: Callable[[], Figure]) -> str:
-    with _style():
-        file = io.StringIO()
-        draw().savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return themed(file.getvalue(), name)
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    import matplotlib.style
-
-    with matplotlib.style.context(["default", dict(STYLE)]):
-        yield
+    return themed(drawn(draw, "svg", STYLE).decode(), name)
 
 
 def themed(svg: str, name: str) -> str:

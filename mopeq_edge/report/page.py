@@ -13,7 +13,7 @@ from mopeq_edge import __version__
 from mopeq_edge.ggml.types import BY_NAME
 from mopeq_edge.plan.artifact import id_runs
 from mopeq_edge.report.artifacts import Missing
-from mopeq_edge.report.charts import charts, require_matplotlib
+from mopeq_edge.report.charts import charts, require_libraries
 from mopeq_edge.report.document import Report
 from mopeq_edge.report.experts import ExpertMap, rounded
 from mopeq_edge.units import GB, GIB
@@ -36,7 +36,7 @@ def page(report: Report) -> bytes:
 
     Raises :class:`ExtraMissingError` without the libraries of the extra ``pictures``.
     """
-    require_matplotlib()
+    require_libraries()
     import jinja2
 
     script = _resource("page.js")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mopeq_edge.errors import ExtraMissingError
+from mopeq_edge.pictures.figure import drawn
 from mopeq_edge.sensitivity.scores import Doubles
 from mopeq_edge.study.bootstrap import rank_correlation
 from mopeq_edge.study.cases import PLAN
@@ -16,31 +15,17 @@ from mopeq_edge.study.rows import Row
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FORMATS = ("png", "svg")
-METADATA: Mapping[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
-STYLE: Mapping[str, Any] = {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "mopeq-edge", "savefig.dpi": 120}
 COLUMNS = 4
 DECADE = 10
 """Span above which an axis is logarithmic."""
 
 
-def require_matplotlib() -> None:
-    """Raise :class:`ExtraMissingError` without matplotlib, before hours of measuring."""
-    try:
-        import matplotlib.style  # noqa: F401
-    except ImportError:
-        raise ExtraMissingError(
-            "pictures need matplotlib, which is not installed; run: pip install 'mopeq-edge[pictures]'"
-        ) from None
-
-
 def kld_picture(rows: Sequence[Row], picture_format: str) -> bytes:
     """Mean KLD against bytes, a line for each way to plan and points for the controls."""
-    require_matplotlib()
-    import matplotlib.style
-    from matplotlib.figure import Figure
 
-    with matplotlib.style.context(["default", dict(STYLE)]):
+    def draw() -> Figure:
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(9, 5.5), layout="constrained")
         panel = figure.subplots()
         series: dict[str, list[Row]] = {}
@@ -57,18 +42,19 @@ def kld_picture(rows: Sequence[Row], picture_format: str) -> bytes:
             panel.plot(x, y, linestyle=style, marker=marker, label=name)
         panel.set(xlabel="file, MB (1e6 bytes)", ylabel="mean KLD, nats per token", yscale="log")
         panel.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
-        return _bytes(figure, picture_format)
+        return figure
+
+    return drawn(draw, picture_format)
 
 
 def prediction_picture(
     predicted: Mapping[str, Doubles], measured: Sequence[float], what: str, picture_format: str
 ) -> bytes:
     """Predicted damage against measured KLD, a panel for each score [n] with Spearman's rho."""
-    require_matplotlib()
-    import matplotlib.style
-    from matplotlib.figure import Figure
 
-    with matplotlib.style.context(["default", dict(STYLE)]):
+    def draw() -> Figure:
+        from matplotlib.figure import Figure
+
         n_rows = -(-len(predicted) // COLUMNS)
         figure = Figure(figsize=(2.8 * COLUMNS, 2.6 * n_rows + 0.4), layout="constrained")
         panels = figure.subplots(n_rows, COLUMNS, squeeze=False).ravel()
@@ -82,14 +68,10 @@ def prediction_picture(
         for panel in panels[len(predicted) :]:
             panel.set_visible(False)
         figure.suptitle(f"measured mean KLD (nats) of {what}")
-        return _bytes(figure, picture_format)
+        return figure
+
+    return drawn(draw, picture_format)
 
 
 def _group(row: Row) -> str:
     return "llama-quantize" if row.planner == "llama-quantize" else row.planner.split("-")[0]
-
-
-def _bytes(figure: Figure, picture_format: str) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format=picture_format, metadata=METADATA[picture_format])
-    return file.getvalue()

@@ -19,7 +19,8 @@ from click.testing import CliRunner, Result
 from mopeq_edge.cli import cli
 from mopeq_edge.errors import ExtraMissingError, FormatError, OutputError
 from mopeq_edge.pictures import draw
-from mopeq_edge.pictures.draw import FORMATS, map_picture
+from mopeq_edge.pictures.draw import map_picture
+from mopeq_edge.pictures.figure import FORMATS
 from mopeq_edge.pictures.type_map import TypeMap
 
 from .maps import DIGITS, KINDS, type_map, write

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import json
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -231,14 +231,7 @@ def test_output_is_not_replaced_unasked_and_is_the_same_each_time(made: Made) ->
 
 
 def test_without_the_library(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def no_jinja(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "jinja2":
-            raise ModuleNotFoundError("no", name="jinja2")
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", no_jinja)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
     done = run(made.file)
     assert isinstance(done.exception, ExtraMissingError)
     assert "jinja2, which is not installed" in str(done.exception)

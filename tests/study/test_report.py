@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import json
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from mopeq_edge.errors import ExtraMissingError, PlanError
+from mopeq_edge.pictures.figure import require_matplotlib
 from mopeq_edge.plan.budget import Budget
 from mopeq_edge.study.bootstrap import Estimate
 from mopeq_edge.study.cases import Grid
 from mopeq_edge.study.ground_truth import Correlation, Unit, correlations
-from mopeq_edge.study.plots import kld_picture, prediction_picture, require_matplotlib
+from mopeq_edge.study.plots import kld_picture, prediction_picture
 from mopeq_edge.study.report import as_json, correlation_json, correlation_markdown, entries, label, markdown
 from mopeq_edge.study.rows import Row
 
@@ -82,14 +83,7 @@ def test_pictures_are_the_same_every_time() -> None:
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "matplotlib.style", None)
     with pytest.raises(ExtraMissingError, match=r"pip install 'mopeq-edge\[pictures\]'"):
         require_matplotlib()
 
