@@ -126,7 +126,7 @@ def run_forecast(planner: Planner, routing: Routing | None, budget: Budget | Non
     if options.precision_map is not None:
         return None
     try:
-        compared = planner.plan(budget, STOCK if plan.layout == PER_EXPERT else PER_EXPERT)
+        compared = planner.plan(budget, STOCK if plan.layout == PER_EXPERT else PER_EXPERT, proven=False)
     except PlanError:
         # of several files the other layout's may be one more, and its header over a budget at the minimum
         if options.split_bytes is None:

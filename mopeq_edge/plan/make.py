@@ -41,18 +41,19 @@ class Planner:
             for own, own_kvs in padding_choices(source, kvs, options.pad_experts)
         ]
 
-    def plan(self, budget: Budget | None, layout: str | None = None) -> Plan:
+    def plan(self, budget: Budget | None, layout: str | None = None, *, proven: bool = True) -> Plan:
         """Plan the file that the source and the key-values make. The predicted size is the written size, to the byte.
 
-        ``layout`` is another than that of the options. The smallest and the largest file are the same in both layouts,
-        and so are the bytes that a budget in bits per weight means. Raises :class:`PlanError` for a budget below the
-        exact minimum, which the message states, and without a budget unless the paper's map is asked for.
+        ``layout`` is another than that of the options. Unless it is to be ``proven``, a per-expert plan has no gap.
+        The smallest and the largest file are the same in both layouts, and so are the bytes that a budget in bits per
+        weight means. Raises :class:`PlanError` for a budget below the exact minimum, which the message states, and
+        without a budget unless the paper's map is asked for.
         """
         plans: list[Plan] = []
         refused: list[PlanError] = []
         for way in self._ways:
             try:
-                plans.append(self._plan_of(way, budget, layout or self.options.layout))
+                plans.append(self._plan_of(way, budget, layout or self.options.layout, proven))
             except PlanError as error:
                 refused.append(error)
         if not plans:
@@ -62,7 +63,7 @@ class Planner:
         largest = plans[0].largest_bytes if len(plans) > 1 else self._size_range[1]
         return replace(best, smallest_bytes=min(smallest), largest_bytes=largest)
 
-    def _plan_of(self, way: _Way, budget: Budget | None, layout: str) -> Plan:
+    def _plan_of(self, way: _Way, budget: Budget | None, layout: str, proven: bool) -> Plan:
         options, split_bytes = self.options, self.options.split_bytes
         if options.precision_map is None and budget is None:
             raise PlanError("--planner knapsack: expected a budget, found none; give one, or use --planner mopeq")
@@ -71,7 +72,7 @@ class Planner:
             if options.precision_map is not None:
                 return mopeq_plan(way.source, self.table, way.kvs, part, options)
             assert part is not None
-            return way.prepared.plan(part, layout)
+            return way.prepared.plan(part, layout, proven)
 
         if split_bytes is None:
             plan = planned(budget)

@@ -27,10 +27,11 @@ class MenuKnapsack:
         self._whole = Path(problem.costs, problem.damages)
         self._series = Series(problem, self._whole)
 
-    def solve(self, budget: int, spare: int = 0) -> tuple[Chosen | None, float]:
+    def solve(self, budget: int, spare: int = 0, *, proven: bool = True) -> tuple[Chosen | None, float | None]:
         """The least damage found within ``budget`` bytes (None where no menus fit it) and a lower bound of it.
 
-        The bound holds for budgets of ``spare`` bytes more, too.
+        The bound holds for budgets of ``spare`` bytes more, too; it is None unless it is to be ``proven``, which can
+        take as long as all the rest.
         """
         problem, series, price = self._problem, self._series, self._whole.rate_at(budget)
         priced = Priced(problem, price)
@@ -41,6 +42,8 @@ class MenuKnapsack:
         while best is not None and (missing := series.missing(best.chosen.damage, looked_at)):
             looked_at = range(looked_at.start, missing.stop)
             best = _best_of(problem, series.menus(missing), priced, budget, best)
+        if not proven:
+            return None if best is None else best.chosen, None
         if best is None:
             return None, max(0.0, priced.lower_bound(budget + spare, None))
         # the price of a byte within the menus, which knows what groups cost, leads to the sharper bound

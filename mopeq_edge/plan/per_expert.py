@@ -49,15 +49,15 @@ class PerExpertPlans:
         self._problem = _problem(self._tensors, self._kinds, allowed, self._alignment, kvs)
         self._knapsack = MenuKnapsack(self._problem)
 
-    def plan(self, stock: Plan) -> Plan:
+    def plan(self, stock: Plan, proven: bool) -> Plan:
         """The best per-expert plan within ``stock``'s budget; the stock plan itself if that is no worse.
 
-        The predicted size is the written size, to the byte.
+        The predicted size is the written size, to the byte. Unless it is to be ``proven``, there is no gap.
         """
         assert stock.budget_bytes is not None, "the knapsack has a budget"
         # All data is padded, so the header may fill the last whole piece of the budget
         room = stock.budget_bytes // self._alignment * self._alignment - self._fixed
-        found, bound = self._knapsack.solve(room, spare=self._version)
+        found, bound = self._knapsack.solve(room, spare=self._version, proven=proven)
         if found is None or found.damage >= stock.damage:
             return replace(stock, layout=PER_EXPERT, gap=_gap(stock.damage, bound))
         tensors, problem = self._source.tensors, self._problem
@@ -82,7 +82,9 @@ class PerExpertPlans:
         )
 
 
-def _gap(damage: float, bound: float) -> float:
+def _gap(damage: float, bound: float | None) -> float | None:
+    if bound is None:
+        return None
     return (damage - min(bound, damage)) / damage if damage > 0 else 0.0
 
 

@@ -33,14 +33,17 @@ class Prepared:
         self._source, self._table, self._kvs, self._options = source, table, kvs, options
         self._stock: dict[int, Plan] = {}
 
-    def plan(self, budget: Budget, layout: str) -> Plan:
-        """The plan of the least predicted damage. Raises :class:`NoRoomError` for a budget below the minimum."""
+    def plan(self, budget: Budget, layout: str, proven: bool) -> Plan:
+        """The plan of the least predicted damage; see :meth:`Planner.plan`.
+
+        Raises :class:`NoRoomError` for a budget below the minimum.
+        """
         limit = budget.limit(self._source, self._kvs)
         require_room(budget, limit, self._smallest)
         if limit not in self._stock:
             self._stock[limit] = self._stock_plan(limit)
         stock = self._stock[limit]
-        return stock if layout == STOCK else self._per_expert.plan(stock)
+        return stock if layout == STOCK else self._per_expert.plan(stock, proven)
 
     @cached_property
     def _header(self) -> int:

@@ -109,6 +109,8 @@ def test_one_planner_makes_what_single_plans_are(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(module, name, lambda *args, f=made, n=name: (calls.append(n), f(*args))[1])
     planner = Planner(source, damages, source.kvs, options)
     assert [planner.plan(budget, layout) for budget, layout in asked] == single
+    unproven = planner.plan(*asked[0], proven=False)
+    assert unproven == replace(single[0], gap=None) != single[0]
     assert sorted(calls) == ["_problem", "solve", "solve", "solve"]
 
 
