@@ -44,6 +44,10 @@ class FormatError(MopeqError):
     """A file that breaks its own format: GGUF, imatrix, safetensors or one of our artifacts."""
 
 
+class PictureError(FormatError):
+    """A file of a picture that is none, is damaged, too large, or too thin to be seen."""
+
+
 class CalibrationError(MopeqError):
     """Text or statistics that cannot serve to calibrate this model."""
 

@@ -75,7 +75,7 @@ def open_eyes(context: Context, request: PicturesRequest) -> Eyes:
             f"MolmoE, found none in this {source.architecture}; leave out --images"
         )
     tower = family.read(source.path, source.config, source.checkpoint)
-    return Eyes(source, family, tower, tuple(pictures_of(request.directory, request.most)))
+    return Eyes(source, family, tower, tuple(pictures_of(request.directory, request.most, tower.layout)))
 
 
 def see_pictures(context: Context, eyes: Eyes, n_ctx: int) -> list[Window]:

@@ -16,9 +16,11 @@ from mopeq_edge.calibrate.windows import PICTURE, Window
 from mopeq_edge.errors import CalibrationError
 from mopeq_edge.evaluate.chunks import read_text
 from mopeq_edge.gguf_file import read_header
-from mopeq_edge.vision.description import Description
+from mopeq_edge.vision.crops import crop
+from mopeq_edge.vision.description import Crops, Description, Tiles
 from mopeq_edge.vision.image_file import open_image
 from mopeq_edge.vision.prompt import lay_out
+from mopeq_edge.vision.tiles import cut
 
 FORMAT, VERSION = "mopeq-edge picture", "1"
 
@@ -40,11 +42,11 @@ class Picture:
     caption: str
 
 
-def pictures_of(directory: Path, most: int) -> list[Picture]:
+def pictures_of(directory: Path, most: int, layout: Tiles | Crops) -> list[Picture]:
     """The first ``most`` pictures of ``directory`` by name, each with the text of NAME.txt beside it.
 
-    All of them are opened, so that a damaged one is known before hours of work. Raises :class:`MopeqError`, in one
-    line, for that, and for a folder without pictures.
+    All of them are opened and cut, so that one that cannot be seen is known before hours of work. Raises
+    :class:`MopeqError`, in one line, for that, and for a folder without pictures.
     """
     if not directory.is_dir():
         raise CalibrationError(f"{directory}: expected a folder of pictures, found none; give --images DIR")
@@ -57,10 +59,18 @@ def pictures_of(directory: Path, most: int) -> list[Picture]:
         )
     found = []
     for path in paths:
-        open_image(path)
+        _check(path, layout)
         beside = path.with_suffix(".txt")
         found.append(Picture(path, read_text(beside).strip() if beside.is_file() else ""))
     return found
+
+
+def _check(path: Path, layout: Tiles | Crops) -> None:
+    image, name = open_image(path), str(path)
+    if isinstance(layout, Tiles):
+        cut(image, layout, 1, name)
+    else:
+        crop(image, layout, name)
 
 
 def write_picture(embeddings: Floats, path: Path, made_from: str) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import csv
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +14,7 @@ import click
 
 from mopeq_edge.cli.console import FILE, available_threads
 
-_OWN = ("--image", "--vision")
+_IMAGE, _VISION = "--image", "--vision"
 THEIRS = ("--mmproj", "-mm", "--mmproj-url", "-mmu", "-hf", "-hfr", "--hf-repo")
 """Options of llama.cpp's tools that say what sees pictures."""
 
@@ -18,7 +22,7 @@ THEIRS = ("--mmproj", "-mm", "--mmproj-url", "-mmu", "-hf", "-hfr", "--hf-repo")
 def wants_images(args: Sequence[str]) -> bool:
     """Whether arguments of ``run`` ask for pictures, and not for llama-cli's own way to see them."""
     names = [arg.partition("=")[0] for arg in args]
-    return any(name in _OWN for name in names) and not any(name in THEIRS for name in names)
+    return any(name in (_IMAGE, _VISION) for name in names) and not any(name in THEIRS for name in names)
 
 
 def mmproj_for(file: Path, args: Sequence[str]) -> Path | None:
@@ -26,7 +30,7 @@ def mmproj_for(file: Path, args: Sequence[str]) -> Path | None:
     from mopeq_edge.vision.description import vision_beside
     from mopeq_edge.vision.mmproj import mmproj_beside
 
-    own = any(arg.partition("=")[0] == "--vision" for arg in args) or vision_beside(file).is_file()
+    own = any(arg.partition("=")[0] == _VISION for arg in args) or vision_beside(file).is_file()
     found = mmproj_beside(file)
     return found if not own and found.is_file() else None
 
@@ -35,6 +39,44 @@ def one_answer(args: Sequence[str]) -> list[str]:
     """llama-cli's option to end behind the answer, where there is a question and no wish to go on."""
     names = {arg.partition("=")[0] for arg in args}
     return ["--single-turn"] if names & {"-p", "--prompt"} and not names & {"-cnv", "--conversation"} else []
+
+
+def with_plain_images(args: Sequence[str]) -> list[str]:
+    """``args`` for llama-cli with every picture read here: as a person sees it, or refused before a model is loaded.
+
+    llama-cli's own reader knows no EXIF and takes half a picture for a whole one.
+    """
+    from mopeq_edge.vision.image_file import encode_png, open_image
+
+    found = []
+    left = iter(args)
+    for arg in left:
+        name, equals, value = arg.partition("=")
+        if name != _IMAGE:
+            found.append(arg)
+            continue
+        value = value if equals else next(left, "")
+        # as llama-cli takes several, but a file's name may have a comma
+        paths = [value] if Path(value).is_file() else next(csv.reader([value]), [value])
+        for path in paths:
+            found += [_IMAGE, _handed_over(encode_png(open_image(Path(path))))]
+    return found
+
+
+def _handed_over(content: bytes) -> str:
+    """The path of a file that is gone when the program that this process becomes, or starts, has ended."""
+    if os.name == "posix":
+        with tempfile.TemporaryFile() as file:
+            file.write(content)
+            file.flush()
+            number = os.dup(file.fileno())
+        os.lseek(number, 0, os.SEEK_SET)
+        os.set_inheritable(number, True)
+        return f"/dev/fd/{number}"
+    with tempfile.NamedTemporaryFile(suffix=".png", delete=False) as named:
+        named.write(content)
+    atexit.register(os.unlink, named.name)
+    return named.name
 
 
 @click.command(name="run", add_help_option=False)

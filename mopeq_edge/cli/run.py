@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,7 +17,7 @@ from mopeq_edge import interrupts
 from mopeq_edge.cli.console import FILE
 from mopeq_edge.cli.image import THEIRS
 from mopeq_edge.errors import RuntimeMissingError
-from mopeq_edge.runtime.choose import BUILDS, prepare_start
+from mopeq_edge.runtime.choose import BUILDS, Start, prepare_start
 from mopeq_edge.runtime.server_host import host_arguments
 
 _Command = Callable[..., None]
@@ -59,17 +60,22 @@ def run(build: str, file: Path, args: tuple[str, ...]) -> None:
       mopeq-edge run out.gguf -n 64 -p Hello
       mopeq-edge run out.gguf --image photo.jpg -p "What is this?"
     """
-    from mopeq_edge.cli.image import mmproj_for, one_answer, run_with_images, wants_images
+    from mopeq_edge.cli.image import mmproj_for, one_answer, run_with_images, wants_images, with_plain_images
 
     if wants_images(args):
         if (mmproj := mmproj_for(file, args)) is not None:
             # not llama-mtmd-cli, which ends before it has written all that it said
-            _start("llama-cli", build, file, ["--mmproj", str(mmproj), *one_answer(args), *args])
+            given = ["--mmproj", str(mmproj), *one_answer(args), *with_plain_images(args)]
+            start = _prepared("llama-cli", build, file)
+            _become(start, [str(start.program), "-m", str(file), *given])
         if build != "auto":
             raise click.UsageError(f"--build {build}: with --image llama.cpp's library is used; set LLAMA_CPP_LIB_PATH")
         run_with_images(file, args)
         return
-    _start("llama-cli", build, file, args)
+    start = _prepared("llama-cli", build, file)
+    # click leaves a -- that follows FILE in place
+    passed = args[1:] if args[:1] == ("--",) else args
+    _become(start, [str(start.program), "-m", str(file), *passed])
 
 
 @click.command(context_settings=_SETTINGS)
@@ -77,7 +83,8 @@ def run(build: str, file: Path, args: tuple[str, ...]) -> None:
     "--engine",
     type=click.Choice(["auto", "library", "llama-server"]),
     default="auto",
-    help="What answers: auto is llama-server, but llama.cpp's library where FILE's .vision.onnx lies beside.",
+    help="What answers: auto is llama-server, for which mopeq-edge reads pictures, but llama.cpp's library where "
+    "FILE's .vision.onnx lies beside; llama-server is that alone.",
 )
 @_arguments
 def serve(engine: str, build: str, file: Path, args: tuple[str, ...]) -> None:
@@ -86,7 +93,7 @@ def serve(engine: str, build: str, file: Path, args: tuple[str, ...]) -> None:
     Per-expert files run in the llama.cpp that mopeq-edge patches and installs, all others in any. What follows
     FILE, also after a --, is llama-server's: mopeq-edge serve FILE -- --help shows its help. It listens on 127.0.0.1
     unless --host names another address; --api-key KEY is for what other machines reach. Where mmproj-FILE lies beside,
-    it is given to llama-server too.
+    it is given to llama-server too, and pictures of requests are read here first.
 
     Where FILE's .vision.onnx lies beside, mopeq-edge itself answers, by llama.cpp's library: chat with pictures, and
     completions with log-probabilities, in OpenAI's API (docs/serve.md). Then ARGS are --host, --port, --api-key, -c,
@@ -104,25 +111,48 @@ def serve(engine: str, build: str, file: Path, args: tuple[str, ...]) -> None:
             raise click.UsageError(f"--build {build}: llama.cpp's library answers; set LLAMA_CPP_LIB_PATH")
         serve_with_library(file, passed)
         return
-    _start("llama-server", build, file, args)
+    _serve(build, file, passed, reads_pictures=engine == "auto")
 
 
-def _start(name: str, build: str, file: Path, args: Sequence[str]) -> NoReturn:
+def _serve(build: str, file: Path, args: Sequence[str], *, reads_pictures: bool) -> NoReturn:
+    from mopeq_edge.cli.front import in_the_way, sees, serve_behind_us
+
+    start = _prepared("llama-server", build, file)
+    host, warning = host_arguments(args, os.environ)
+    if warning is not None:
+        click.echo(warning, err=True)
+    added = mmproj_arguments(file, args)
+    command = [str(start.program), "-m", str(file), *added]
+    if reads_pictures and sees([*added, *args]):
+        reason = in_the_way(args)
+        if reason is None:
+            with _starting(start):
+                serve_behind_us(command, args, file)
+        click.echo(
+            f"warning: {file}: llama-server reads pictures itself {reason}: EXIF is not followed, and addresses are "
+            "fetched",
+            err=True,
+        )
+    _become(start, [*command, *host, *args])
+
+
+def _prepared(name: str, build: str, file: Path) -> Start:
     start = prepare_start(name, file, build)
     click.echo(start.message, err=True)
-    # click leaves a -- that follows FILE in place
-    passed = args[1:] if args[:1] == ("--",) else args
-    added: list[str] = []
-    if name == "llama-server":
-        added, warning = host_arguments(passed, os.environ)
-        if warning is not None:
-            click.echo(warning, err=True)
-        added += mmproj_arguments(file, passed)
-    command = [str(start.program), "-m", str(file), *added, *passed]
-    try:
+    return start
+
+
+def _become(start: Start, command: list[str]) -> NoReturn:
+    with _starting(start):
         if os.name == "posix":
             _replace_this_process(command)
         sys.exit(_wait(command))
+
+
+@contextmanager
+def _starting(start: Start) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise RuntimeMissingError(
             f"{start.program} could not start: {error.strerror}; run: mopeq-edge runtime install --force"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 LOOPBACK = "127.0.0.1"
-_OPTION, _VARIABLE = "--host", "LLAMA_ARG_HOST"
+HOST, _VARIABLE = "--host", "LLAMA_ARG_HOST"
 
 
 def host_arguments(given: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], str | None]:
@@ -15,11 +15,21 @@ def host_arguments(given: Sequence[str], environment: Mapping[str, str]) -> tupl
 
     Without a host of the user's it is :data:`LOOPBACK`, explicitly: llama-server's default may change.
     """
-    host = next((value for name, value in reversed(list(pairwise(given))) if name == _OPTION), None)
+    host = option_value(given, HOST)
     host = host if host is not None else environment.get(_VARIABLE)
     if host is None:
-        return [_OPTION, LOOPBACK], None
+        return [HOST, LOOPBACK], None
     return [], host_warning(host, has_key=bool({"--api-key", "--api-key-file"} & set(given)))
+
+
+def option_value(given: Sequence[str], option: str) -> str | None:
+    """The value of ``option`` in ``given``, the last if there are several."""
+    return next((value for name, value in reversed(list(pairwise(given))) if name == option), None)
+
+
+def is_socket_file(host: str) -> bool:
+    """Whether llama-server takes ``host`` for the path of a socket."""
+    return host.endswith(".sock")
 
 
 def host_warning(host: str, *, has_key: bool) -> str | None:
@@ -27,7 +37,7 @@ def host_warning(host: str, *, has_key: bool) -> str | None:
     if is_local(host):
         return None
     key = "" if has_key else ", and without --api-key they need no key"
-    return f"warning: {_OPTION} {host}: other machines can reach the server{key}"
+    return f"warning: {HOST} {host}: other machines can reach the server{key}"
 
 
 def is_local(host: str) -> bool:
@@ -35,4 +45,4 @@ def is_local(host: str) -> bool:
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
-        return host == "localhost" or host.endswith(".sock")
+        return host == "localhost" or is_socket_file(host)

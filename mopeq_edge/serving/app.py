@@ -8,7 +8,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-import anyio
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -17,13 +16,11 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from mopeq_edge.serving.events import Event
-from mopeq_edge.serving.refusal import BUSY, NOT_FOUND, TOO_LARGE, UNAUTHORIZED, UNSUPPORTED, RefusalError
+from mopeq_edge.serving.exchange import read_body, refused, while_connected
+from mopeq_edge.serving.refusal import BUSY, NOT_FOUND, UNAUTHORIZED, UNSUPPORTED, RefusalError
 from mopeq_edge.serving.requests import ChatRequest, CompletionRequest, parse_chat, parse_completion
 from mopeq_edge.serving.wire import Answer, sse
 from mopeq_edge.serving.worker import Job, Worker
-
-BODY_SECONDS = 60.0
-"""For a client to send its request."""
 
 Parse = Callable[[bytes], ChatRequest | CompletionRequest]
 Handler = Callable[[Request], Awaitable[Response]]
@@ -47,7 +44,7 @@ def make_app(worker: Worker, model: str, key: str | None, limits: Limits) -> Sta
                 _check_key(request, key)
                 return await handler(request)
             except RefusalError as error:
-                return _refused(error)
+                return refused(error)
 
         return checked
 
@@ -99,16 +96,23 @@ class _Service:
             )
             if asked.generation.stream:
                 # until the first event an error is an answer of its own, with its own status
-                first = await _while_connected(request, anext(events))
+                first = await while_connected(request, anext(events))
                 if first is None:
                     return Response(status_code=400)
                 handed_over = True
                 return _Stream(_chunks(answer, first, events, asked), lambda: self._end(events))
-            whole = await _while_connected(request, _all(answer, events))
+            whole = await while_connected(request, _all(answer, events))
             return JSONResponse(answer.whole()) if whole else Response(status_code=400)
         finally:
             if not handed_over:
                 self._waiting -= 1
+
+    async def _body(self, request: Request) -> bytes:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            # a page in a browser may send other types without asking
+            raise RefusalError("the Content-Type is not application/json", status=UNSUPPORTED)
+        return await read_body(request, self._limits.body)
 
     async def _end(self, events: AsyncGenerator[Event]) -> None:
         self._waiting -= 1
@@ -126,26 +130,6 @@ class _Service:
                 yield event
         finally:
             job.cancelled.set()
-
-    async def _body(self, request: Request) -> bytes:
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            # a page in a browser may send other types without asking
-            raise RefusalError("the Content-Type is not application/json", status=UNSUPPORTED)
-        too_large = RefusalError(f"the body has more than {self._limits.body} bytes", status=TOO_LARGE)
-        length = request.headers.get("content-length", "0")
-        if length.isascii() and length.isdigit() and int(length) > self._limits.body:
-            raise too_large
-        found = bytearray()
-        try:
-            with anyio.fail_after(BODY_SECONDS):
-                async for piece in request.stream():
-                    found += piece
-                    if len(found) > self._limits.body:
-                        raise too_large
-        except TimeoutError:
-            raise RefusalError(f"the body did not come in {BODY_SECONDS:g} seconds", status=408) from None
-        return bytes(found)
 
 
 class _Stream(StreamingResponse):
@@ -186,23 +170,6 @@ async def _all(answer: Answer, events: AsyncIterator[Event]) -> bool:
     return True
 
 
-async def _while_connected(request: Request, work: Awaitable[Any]) -> Any:
-    """What ``work`` gives, or None if the client went away before; then it is cancelled."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(request))
-    try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else None
-    finally:
-        for pending in (task, gone):
-            pending.cancel()
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 def _check_key(request: Request, key: str | None) -> None:
     if key is None:
         return
@@ -211,15 +178,8 @@ def _check_key(request: Request, key: str | None) -> None:
         raise RefusalError("the API key is missing or wrong", status=UNAUTHORIZED, code="invalid_api_key")
 
 
-def _refused(error: RefusalError) -> JSONResponse:
-    headers = {"Retry-After": "1"} if error.status == BUSY else {}
-    if error.status == UNAUTHORIZED:
-        headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(error.as_dict(), error.status, headers)
-
-
 async def _no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     what = f"{request.method} {request.url.path}"
     message = f"{what}: there is no such route here" if error.status_code == NOT_FOUND else f"{what}: {error.detail}"
-    return _refused(RefusalError(message, status=error.status_code))
+    return refused(RefusalError(message, status=error.status_code))

@@ -16,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from mopeq_edge.binding import UBATCH, Floats, LlamaModel, Tokens
-from mopeq_edge.errors import PlanError
+from mopeq_edge.errors import PictureError, PlanError
 from mopeq_edge.serving.events import Delta, Event, Finish, TokenChance
 from mopeq_edge.serving.images import Picture
 from mopeq_edge.serving.refusal import RefusalError
 from mopeq_edge.serving.requests import ChatRequest, CompletionRequest, Generation, Message
 from mopeq_edge.serving.text import Writer
 from mopeq_edge.vision.description import Description, Tiles
+from mopeq_edge.vision.image_file import decode_image
 from mopeq_edge.vision.prompt import Turn, lay_out_turns
 from mopeq_edge.vision.sample import chooser
 from mopeq_edge.vision.session import VisionSession
@@ -139,12 +140,16 @@ class Engine:
                     assert files.vision is not None
                     if self._tower is None:
                         self._tower = Tower(files.vision, files.threads)
-                    image = picture.decode(files.most_pixels)
                     self._seen[key] = self._tower.embed_one(
-                        image, len(pictures), picture.path, between=lambda: _check(cancelled)
+                        decode_image(picture.data, picture.path, files.most_pixels),
+                        len(pictures),
+                        picture.path,
+                        between=lambda: _check(cancelled),
                     )
                 self._seen.move_to_end(key)
                 found.append(self._seen[key])
+        except PictureError as error:
+            raise RefusalError(str(error), param=picture.path, code="invalid_image") from None
         finally:
             while len(self._seen) > PICTURES:
                 self._seen.popitem(last=False)

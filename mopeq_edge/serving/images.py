@@ -9,11 +9,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from PIL import Image
-
-from mopeq_edge.errors import FormatError
 from mopeq_edge.serving.refusal import RefusalError
-from mopeq_edge.vision.image_file import decode_image
 
 _HEAD = re.compile(r"data:[\w.+/-]*(?:;[\w.=+-]+)*;base64,", re.ASCII)
 _MOST_HEAD = 200
@@ -31,13 +27,6 @@ class Picture:
         """The same for the same bytes."""
         return hashlib.sha256(self.data).hexdigest()
 
-    def decode(self, most_pixels: int) -> Image.Image:
-        """The picture. Raises :class:`RefusalError` for what is none, is damaged or too large."""
-        try:
-            return decode_image(self.data, self.path, most_pixels)
-        except FormatError as error:
-            raise RefusalError(str(error), param=self.path, code="invalid_image") from None
-
 
 def parse_image(value: Any, path: str) -> Picture:
     """``{"url": "data:…"}`` or the text alone. Raises :class:`RefusalError`."""
@@ -53,9 +42,13 @@ def parse_image(value: Any, path: str) -> Picture:
             param=path,
             code="invalid_image_url",
         )
+    return Picture(parse_base64(url[head.end() :], path), path)
+
+
+def parse_base64(value: Any, path: str) -> bytes:
+    """The bytes. Raises :class:`RefusalError`."""
     try:
         # without their line breaks, which some clients send
-        data = base64.b64decode("".join(url[head.end() :].split()), validate=True)
-    except (binascii.Error, ValueError):
+        return base64.b64decode("".join(value.split()), validate=True)
+    except (AttributeError, binascii.Error, ValueError):
         raise RefusalError(f"{path} is not base64", param=path, code="invalid_image_url") from None
-    return Picture(data, path)

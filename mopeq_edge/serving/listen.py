@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from mopeq_edge import interrupts
 from mopeq_edge.errors import MopeqError
@@ -39,27 +40,16 @@ def listen(files: Files, where: Listening, ready: Callable[[str], None]) -> None
 
     Raises :class:`MopeqError` for files that cannot be loaded and an address that cannot be had.
     """
-    bound = _bind(where.host, where.port)
+    bound = bind(where.host, where.port)
     with bound:
         worker = Worker(files)
         app = make_app(worker, where.model, where.key, where.limits)
-        config = uvicorn.Config(
-            app,
-            access_log=False,
-            log_level=logging.CRITICAL,
-            lifespan="off",
-            ws="none",
-            http="h11",
-            server_header=False,
-            limit_concurrency=MOST_CONNECTIONS,
-            timeout_graceful_shutdown=GRACE_SECONDS,
-        )
         # from here on the signals are uvicorn's, which ends in order and raises them again
         interrupts.uninstall()
         ready(address(bound))
         number = signal.SIGINT
         try:
-            uvicorn.Server(config).run(sockets=[bound])
+            server_of(app).run(sockets=[bound])
         except KeyboardInterrupt:
             pass
         finally:
@@ -69,7 +59,24 @@ def listen(files: Files, where: Listening, ready: Callable[[str], None]) -> None
         os._exit(128 + number)
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def server_of(app: ASGIApp) -> uvicorn.Server:
+    """What answers with ``app``, quietly."""
+    config = uvicorn.Config(
+        app,
+        access_log=False,
+        log_level=logging.CRITICAL,
+        lifespan="off",
+        ws="none",
+        http="h11",
+        server_header=False,
+        limit_concurrency=MOST_CONNECTIONS,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )
+    return uvicorn.Server(config)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Listening there. Raises :class:`MopeqError` for an address that cannot be had."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host.strip("[]"), port), family=family, backlog=MOST_CONNECTIONS)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from mopeq_edge.errors import FormatError
+from mopeq_edge.errors import PictureError
 from mopeq_edge.vision.description import Crops
 
 Floats = npt.NDArray[np.float32]
@@ -51,7 +51,7 @@ def best_tiling(height: int, width: int, window: int, most: int) -> tuple[int, i
 
 
 def crop(image: Image.Image, layout: Crops, name: str = "picture") -> Cropped:
-    """``image`` (RGB) in crops. Raises :class:`FormatError` for one that is too thin to leave a pixel."""
+    """``image`` (RGB) in crops. Raises :class:`PictureError` for one that is too thin to leave a pixel."""
     side, patch = layout.side, layout.patch
     margin = patch * sum(layout.margins)
     step = side - margin
@@ -76,20 +76,23 @@ def _fitted(image: Image.Image, size: tuple[int, int], layout: Crops, name: str)
     height, width = (int(x) for x in sides * scale)
     if not height or not width:
         size_of = f"{image.width} × {image.height}"
-        raise FormatError(f"{name}: is {size_of} pixels, too thin to be seen; cut out a part of it")
-    colours = np.asarray(image, dtype=np.float32) / np.float32(255)
-    resized = [
-        np.asarray(Image.fromarray(colours[..., c]).resize((width, height), Image.Resampling.BILINEAR))
-        for c in range(3)
-    ]
+        raise PictureError(f"{name}: is {size_of} pixels, too thin to be seen; cut out a part of it")
+    resized = [_channel(image, c).resize((width, height), Image.Resampling.BILINEAR) for c in range(3)]
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     pixels = np.zeros((*size, 3), dtype=np.float32)
-    pixels[top : top + height, left : left + width] = np.clip(np.stack(resized, axis=-1), 0, 1)
+    pixels[top : top + height, left : left + width] = np.clip(np.stack([np.asarray(x) for x in resized], axis=-1), 0, 1)
     mask = np.zeros(size, dtype=np.float32)
     mask[top : top + height, left : left + width] = 1
     pixels -= np.array(layout.mean, dtype=np.float32)
     pixels /= np.array(layout.std, dtype=np.float32)
     return pixels, mask
+
+
+def _channel(image: Image.Image, c: int) -> Image.Image:
+    """One colour in 0 to 1: of a large picture all three together would be 12 bytes a pixel."""
+    values = np.array(image.getchannel(c), dtype=np.float32)
+    values /= np.float32(255)
+    return Image.fromarray(values)
 
 
 def stitch(embeddings: Floats, place: Cropped, layout: Crops, tokens: Floats) -> Floats:

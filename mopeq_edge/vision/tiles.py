@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from mopeq_edge.errors import FormatError
+from mopeq_edge.errors import PictureError
 from mopeq_edge.vision.description import Tiles
 
 Floats = npt.NDArray[np.float32]
@@ -46,7 +46,7 @@ def best_candidate(width: int, height: int, candidates: Sequence[tuple[int, int]
 def cut(image: Image.Image, layout: Tiles, n_images: int, name: str = "picture") -> Cut:
     """``image`` (RGB) in tiles; of more than ``most_tiled`` pictures each is one tile and the whole once more.
 
-    Raises :class:`FormatError` for one that is too thin to leave a pixel.
+    Raises :class:`PictureError` for one that is too thin to leave a pixel.
     """
     side = layout.side
     size = best_candidate(*image.size, layout.candidates) if n_images <= layout.most_tiled else (side, side)
@@ -64,7 +64,7 @@ def _fitted(image: Image.Image, size: tuple[int, int], filling: tuple[int, ...],
     """As large as ``size`` allows, in its middle."""
     width, height = image.size
     if round(min(size[0], size[1] * width / height)) < 1 or round(min(size[1], size[0] * height / width)) < 1:
-        raise FormatError(f"{name}: is {width} × {height} pixels, too thin to be seen; cut out a part of it")
+        raise PictureError(f"{name}: is {width} × {height} pixels, too thin to be seen; cut out a part of it")
     return ImageOps.pad(image, size, color=filling)
 
 

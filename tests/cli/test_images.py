@@ -239,10 +239,10 @@ def test_memory_of_both(calibrated: tuple[Path, dict[str, Any]], model: Path, ph
     fits = ("--fits", "500MB", "--ctx", 256, "--parallel", 1)
     found = found_of("convert", model, out, *given, *fits)["fits"]
     said = found_of("memory", out, "--ctx", 256, "--parallel", 1, "--memory", "500MB")
-    assert said["prediction"]["tower_bytes"] == found["tower_bytes"] > 137_000_000
+    assert said["prediction"]["tower_bytes"] == found["tower_bytes"] > 144_000_000
     assert said["prediction"]["needed_bytes"] == found["needed_bytes"] == max(found["tower_bytes"], found["text_bytes"])
     parts = {part["name"]: part["nbytes"] for part in said["prediction"]["parts"]}
-    assert parts["Python, for pictures"] == 205_000_000
+    assert parts["Python, for pictures"] == 213_000_000
     done = invoke("convert", model, tmp_path / "b.gguf", *given, "--fits", "130MB", "--ctx", 256, *COMMON)
     assert "what sees pictures takes" in str(done.exception)
     assert "--text-only" in str(done.exception)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from mopeq_edge.cli import cli
 from mopeq_edge.cli.run import mmproj_arguments
@@ -85,8 +88,8 @@ def test_what_sees_pictures_beside_the_file_is_passed(
     patched = write_build(cache, PATCHED)
     file, mmproj = write_file(tmp_path / "x.gguf"), tmp_path / "mmproj-x.gguf"
     mmproj.touch()
-    done = mopeq_edge(cache, "serve", file, "--port", "1")
-    own = ["--host", "127.0.0.1", "--mmproj", str(mmproj), "--port", "1"]
+    done = mopeq_edge(cache, "serve", "--engine", "llama-server", file, "--port", "1")
+    own = ["--mmproj", str(mmproj), "--host", "127.0.0.1", "--port", "1"]
     assert done.stdout.splitlines()[3:] == [f"[{arg}]" for arg in own]
     assert done.stderr.splitlines()[1:] == [f"{file}: sees pictures through mmproj-x.gguf"]
     monkeypatch.delenv("LLAMA_ARG_MMPROJ", raising=False)
@@ -95,13 +98,48 @@ def test_what_sees_pictures_beside_the_file_is_passed(
         assert mmproj_arguments(file, named) == []
     monkeypatch.setenv("LLAMA_ARG_MMPROJ", "m")
     assert mmproj_arguments(file, []) == []
-    asked = ["--image", "a.png", "-p", "What?"]
+    photo = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(photo)
+    asked = ["--image", str(photo), "-p", "What?"]
     done = mopeq_edge(cache, "run", file, *asked)
-    expected = ["-m", str(file), "--mmproj", str(mmproj), "--single-turn", *asked]
-    assert done.stdout.splitlines() == [f"{patched / 'llama-cli'}", *(f"[{arg}]" for arg in expected)]
+    expected = ["-m", str(file), "--mmproj", str(mmproj), "--single-turn", "--image", "/dev/fd/N", "-p", "What?"]
+    shown = re.sub(r"/dev/fd/\d+", "/dev/fd/N", done.stdout).splitlines()
+    assert shown == [f"{patched / 'llama-cli'}", *(f"[{arg}]" for arg in expected)]
+    photo.write_bytes(b"none")
+    assert f"error: {photo}: not a picture in one of the" in error_of(mopeq_edge(cache, "run", file, *asked))
     # text alone, or with an mmproj of the user's, goes to llama-cli as it is
     assert mopeq_edge(cache, "run", file, "-p", "x").stdout.splitlines()[3:] == ["[-p]", "[x]"]
     assert "--single-turn" not in mopeq_edge(cache, "run", file, "--mmproj", "m", *asked).stdout
+
+
+def test_what_stands_before_llama_server(cache: Path, tmp_path: Path) -> None:
+    """Where it sees pictures: it gets a socket file, and its exit code is ours."""
+    write_build(cache, PATCHED)
+    file, mmproj = write_file(tmp_path / "x.gguf"), tmp_path / "mmproj-x.gguf"
+    mmproj.touch()
+    done = mopeq_edge(cache, "serve", file, "--port", "0", "-np", "2", "--host", "localhost", LLAMA_ARG_PORT="1")
+    assert done.returncode == 7
+    *arguments, where = done.stdout.splitlines()[3:]
+    assert arguments == [f"[{arg}]" for arg in ("--mmproj", mmproj, "-np", "2", "--host")]
+    assert where.endswith("/llama.sock]")
+    line = done.stderr.splitlines()[-1]
+    assert re.fullmatch(rf"{file}: served at http://127.0.0.1:\d+, which reads pictures for llama-server", line)
+    for given, reason in (
+        (("--ssl-key-file", "k"), "with TLS, for which a proxy may stand before it"),
+        (("--host", "x.sock"), "with a socket file as --host"),
+    ):
+        done = mopeq_edge(cache, "serve", file, "--mmproj", "m", *given)
+        line = done.stderr.splitlines()[-1]
+        assert line.startswith(f"warning: {file}: llama-server reads pictures itself {reason}: EXIF is not followed")
+        assert [f"[{arg}]" for arg in given] == done.stdout.splitlines()[-2:]
+    for option in ("--no-mmproj", "--help"):
+        assert "llama.sock" not in mopeq_edge(cache, "serve", file, option).stdout
+    assert "--port x: expected a number" in mopeq_edge(cache, "serve", file, "--port", "x").stderr
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = mopeq_edge(cache, "serve", file, "--port", str(port))
+    assert done.returncode == 1
+    assert f"error: --host 127.0.0.1 --port {port}: cannot listen there (Address already in use" in done.stderr
 
 
 def test_the_server_of_our_own_says_what_it_lacks(cache: Path, tmp_path: Path) -> None:

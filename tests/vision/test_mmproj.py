@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from converters import CONVERTERS
 from converters.mmproj import has_mmproj, known_architectures, write_mmproj
@@ -33,7 +34,7 @@ from mopeq_edge.pipeline import Context, open_context
 from mopeq_edge.pipeline_vision import check_vision, run_vision
 from mopeq_edge.progress import SilentProgress
 from mopeq_edge.runtime.locate import require_runtime
-from mopeq_edge.runtime.server import Server, serving
+from mopeq_edge.runtime.server import Server, ServerError, serving
 from mopeq_edge.source.checkpoint import read_config
 from mopeq_edge.source.open import open_source
 from mopeq_edge.source.roles import Role
@@ -44,6 +45,7 @@ from ..commands import run_json
 from ..converters.families import VOCAB, qwen3_vl_moe_model
 from .pictures import picture
 from .qwen3_vl import STEP, TOKENS, build_seeing
+from .test_odd_pictures import ODD, OTHER, REFUSED, SEEN, fails_in_one_line, files_of, saved
 
 CODE = "import sys; sys.argv[0] = 'mopeq-edge'; from mopeq_edge.cli import main; main()"
 PROMPT = "user: {}What is this?\nassistant:"
@@ -107,7 +109,6 @@ def log_probabilities(server: Server, image: bytes | None, n: int = 1) -> tuple[
 def of_transformers(directory: Path, image: bytes, n: int) -> tuple[list[int], Rows]:
     """The same by transformers' whole model, the picture through its own processor."""
     import torch
-    from PIL import Image
     from transformers import AutoTokenizer
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -161,6 +162,65 @@ def test_run_with_a_picture_answers_as_the_server(made: Made, server: Server, tm
     assert done.returncode == 0, done.stderr[-2000:]
     assert expected.strip()
     assert expected.strip() in done.stdout
+
+
+@pytest.mark.runtime
+@pytest.mark.parametrize("name", ODD)
+def test_odd_pictures_are_seen_as_a_person_sees_them(name: str, server: Server, tmp_path: Path) -> None:
+    """By llama-server: every log-probability is that of the plain picture, to the last bit."""
+    odd, plain = files_of(name, tmp_path)
+    (got, found), (wanted, expected) = (log_probabilities(server, path.read_bytes(), n=4) for path in (odd, plain))
+    np.testing.assert_array_equal(found, expected)
+    assert got == wanted
+
+
+@pytest.mark.runtime
+def test_two_pictures_differ(server: Server) -> None:
+    """Without this the test above would say little."""
+    first, second = (log_probabilities(server, saved(image, "PNG"))[1] for image in (SEEN, OTHER))
+    assert np.abs(first - second).max() > 0.01
+
+
+@pytest.mark.runtime
+def test_run_sees_an_odd_picture_as_the_plain_one(made: Made, tmp_path: Path) -> None:
+    """Also two in one argument, as llama-cli takes them."""
+    turned, plain = files_of("turned-6.png", tmp_path)
+    cmyk = tmp_path / "a,b.jpg"
+    cmyk.write_bytes(ODD["cmyk.jpg"]()[0])
+    Image.fromarray(ODD["cmyk.jpg"]()[1]).save(tmp_path / "cmyk.png")
+    answers = []
+    for images in ((turned, cmyk), (f"{plain},{tmp_path / 'cmyk.png'}",)):
+        pictures = [arg for image in images for arg in ("--image", str(image))]
+        given = [*pictures, "-p", "What is this?", "-n", "8", "--temp", "0", "-t", "1", "-c", "1024"]
+        command = [sys.executable, "-c", CODE, "run", str(made.gguf), *given]
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=True, timeout=99, stdin=subprocess.DEVNULL
+        )
+        answers.append(done.stdout.split("What is this?")[-1].split("[ Prompt")[0])
+    assert answers[0].strip()
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.runtime
+@pytest.mark.parametrize("name", sorted(REFUSED.keys() - {"thin.png"}))
+def test_what_is_no_picture_reaches_no_model(
+    name: str,
+    made: Made,
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    content, message = REFUSED[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert message in fails_in_one_line(path, monkeypatch, capsys, "run", made.gguf, "--image", path, "-p", "What?")
+    url = "data:image/png;base64," + base64.b64encode(content).decode()
+    body = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
+    with pytest.raises(ServerError, match="status 400") as refused:
+        server.post("/v1/chat/completions", body)
+    assert message.partition(",")[0] in str(refused.value)
+    assert "messages[0].content[0].image_url" in str(refused.value)
 
 
 @pytest.mark.runtime

@@ -14,12 +14,13 @@ from typing import Any
 # The kernel counts the memory of the process that starts a program too, so a small one does. Anonymous pages are what
 # the program allocated, looked at fifty times a second; the peak of all has those of mapped files as well.
 _STARTER = """
-import os, resource, subprocess, sys, time
-limit = int(sys.argv[1])
-if limit:
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+import os, subprocess, sys, time
+def enter():
+    if sys.argv[1]:
+        with open(sys.argv[1], "w") as file:
+            file.write(str(os.getpid()))
 start = time.perf_counter()
-process = subprocess.Popen(sys.argv[2:], stdout=subprocess.DEVNULL)
+process = subprocess.Popen(sys.argv[2:], stdout=subprocess.DEVNULL, preexec_fn=enter)
 anonymous = 0
 while True:
     done, status, usage = os.wait4(process.pid, os.WNOHANG)
@@ -95,9 +96,9 @@ def markdown(ratios: Sequence[Ratio]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def run(command: Sequence[str], data_limit: int = 0) -> Run:
-    """One run of ``command``, which may allocate ``data_limit`` bytes (0: any number)."""
-    starter = [sys.executable, "-I", "-S", "-c", _STARTER, str(data_limit), *command]
+def run(command: Sequence[str], group: Path | None = None) -> Run:
+    """One run of ``command``, in the control group whose list of processes is ``group``."""
+    starter = [sys.executable, "-I", "-S", "-c", _STARTER, str(group or ""), *command]
     done = subprocess.run(starter, check=True, capture_output=True, text=True)
     status, *numbers = done.stdout.split()
     if status != "0":

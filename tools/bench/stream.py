@@ -1,8 +1,8 @@
 """Whether a model larger than memory can be measured: calibrate and sensitivity within a third of its bytes.
 
 Writes a random OLMoE checkpoint, several times larger than torch itself, and runs each stage in a process of its own
-whose memory is limited (RLIMIT_DATA: everything a process allocates, used or not, threads' stacks included; not the
-kernel's file cache). Prints the peak resident memory of each, program code included, as a share of the checkpoint.
+that has no more memory than that, file cache included, where a control group can be made (root). Prints the peak
+resident memory of each, program code included, as a share of the checkpoint, and what of it was allocated.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import click
 from mopeq_edge.cli.console import available_threads, print_json
 from tools.bench.checkpoints import write_olmoe_checkpoint
 from tools.bench.measure import run
+from tools.bench.memory_group import memory_group
 from tools.bench.models import EXAMPLE, Shape
 
 _PROGRAM = [sys.executable, "-c", "from mopeq_edge.cli import main; main()"]
@@ -68,19 +69,25 @@ def main(
         }
         limit = int(share * nbytes)
         baseline = run(_BASELINE).peak_mib
-        result: dict[str, Any] = {"checkpoint_bytes": nbytes, "limit_bytes": limit, "baseline_mib": baseline}
-        for name, command in stages.items():
-            found = run(command, limit)
-            share = found.peak_mib * 2**20 / nbytes
-            result[name] = {"seconds": found.seconds, "peak_mib": found.peak_mib, "share": share}
+        result: dict[str, Any] = {"checkpoint_bytes": nbytes, "baseline_mib": baseline}
+        with memory_group(limit) as group:
+            result["limit_bytes"] = None if group is None else limit
+            for name, command in stages.items():
+                found = run(command, group)
+                shares = {"share": found.peak_mib * 2**20 / nbytes, "anonymous_mib": found.anonymous_mib}
+                result[name] = {"seconds": found.seconds, "peak_mib": found.peak_mib, **shares}
     if as_json:
         print_json(result)
         return
-    click.echo(f"checkpoint {nbytes:,} bytes, limit {limit:,} bytes, {threads} threads; torch alone {baseline:.0f} MiB")
+    held = "no limit" if result["limit_bytes"] is None else f"limit {limit:,} bytes"
+    click.echo(f"checkpoint {nbytes:,} bytes, {held}, {threads} threads; torch alone {baseline:.0f} MiB")
     for name in stages:
         stage = result[name]
         of_checkpoint = f"{stage['share']:.3f} of the checkpoint"
-        click.echo(f"{name:<12} {stage['seconds']:7.1f} s  {stage['peak_mib']:7.0f} MiB peak, {of_checkpoint}")
+        allocated = f"{stage['anonymous_mib']:.0f} MiB of it allocated"
+        click.echo(
+            f"{name:<12} {stage['seconds']:7.1f} s  {stage['peak_mib']:7.0f} MiB peak, {of_checkpoint}, {allocated}"
+        )
 
 
 if __name__ == "__main__":
