@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,26 @@ def write_arrays(path: Path, format_name: str, version: str, info: Mapping[str, 
         file.write(len(header).to_bytes(8, "little") + header + raw[end:])
 
 
-def read_arrays(path: Path, format_name: str, version: str, again: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(info, arrays) of what :func:`write_arrays` wrote.
+def read_arrays(
+    path: Path, format_name: str, version: str, again: str, only: Callable[[str], bool] = lambda _: True
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(info, arrays) of what :func:`write_arrays` wrote; ``only`` those whose name it is given and likes.
 
     Raises :class:`FormatError` for anything else; ``again`` says how to make the file anew.
     """
+    with _opened(path, format_name, version, again) as (info, file):
+        return info, {key: _array(file, key) for key in file.keys() if only(key)}  # noqa: SIM118
+
+
+def read_info(path: Path, format_name: str, version: str, again: str) -> dict[str, Any]:
+    """The plain values of :func:`read_arrays` alone."""
+    with _opened(path, format_name, version, again) as (info, _):
+        return info
+
+
+@contextmanager
+def _opened(path: Path, format_name: str, version: str, again: str) -> Iterator[tuple[dict[str, Any], Any]]:
+    """(info, the open file); what goes wrong while it is open is a :class:`FormatError`."""
     what = format_name.removeprefix("mopeq-edge ")
     try:
         regular_size(path)
@@ -51,13 +66,12 @@ def read_arrays(path: Path, format_name: str, version: str, again: str) -> tuple
                     f"{path}: expected '{format_name}' version {version}, found "
                     f"{shown(metadata.get('format'))} version {shown(metadata.get('version'))}; {again}"
                 )
-            arrays = {key: _array(file, key) for key in file.keys()}  # noqa: SIM118
-        info = parse_json(metadata["info"].encode())
-        if not isinstance(info, dict):
-            raise ValueError(f"its info is {shown(info)}, expected an object")
+            info = parse_json(metadata["info"].encode())
+            if not isinstance(info, dict):
+                raise ValueError(f"its info is {shown(info)}, expected an object")
+            yield info, file
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise FormatError(f"{path}: cannot be read as {what} ({error}); {again}") from None
-    return info, arrays
 
 
 def _array(file: Any, key: str) -> npt.NDArray[Any]:

@@ -19,6 +19,7 @@ from mopeq_edge.pipeline import (
     Context,
     check_budget,
     output_files,
+    planner_of,
     run_emit,
     run_forecast,
     run_plan,
@@ -195,12 +196,13 @@ def convert(context: Context, request: ConvertRequest) -> Converted:
     require_scores([request.options.sensitivity], calibrated.statistics)
     kind = _first_kind(request, calibrated.statistics)
     table = run_sensitivity(context, calibrated, request.options.types, kind, request.sample_rows)
+    planner = planner_of(context, table, calibrated.statistics, request.options)
     fit: Fit | None = None
     if fits is None:
-        plan = run_plan(context, table, calibrated.statistics, budget, request.options)
+        plan = run_plan(context, planner, budget)
     else:
-        plan, fit, budget = run_plan_that_fits(context, table, calibrated.statistics, fits, request.options)
-    comparison = run_forecast(context, table, calibrated.statistics, budget, request.options, plan)
+        plan, fit, budget = run_plan_that_fits(context, planner, fits)
+    comparison = run_forecast(planner, calibrated.statistics.routing, budget, plan)
     measure = _measure(context, request) if request.evaluate else None
     choice = _choose(context, request, calibrated, plan, kind, digest(words), measure)
     split = request.options.split_bytes

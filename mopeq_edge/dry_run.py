@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mopeq_edge.atomic import free_bytes
 from mopeq_edge.emit import require_imatrix
@@ -22,8 +23,9 @@ from mopeq_edge.imatrix import Imatrix
 from mopeq_edge.source.model import Source, SourceTensor
 from mopeq_edge.units import format_bytes
 
-TRIED = 2**16
-"""Weights that are quantized to tell how fast a type is."""
+TRIED, TRIALS = 2**14, 4
+"""Weights that are quantized to tell how fast a type is, and how often."""
+ROW = 256
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ def dry_run(
         for kind, n_weights in _parts(tensor, types):
             if kind is not tensor.type:
                 weights[kind.name] += n_weights
-    seconds = sum(n * _seconds_a_weight(BY_NAME[name], ggml) for name, n in weights.items()) / threads
+    flat = None if imatrix is None else np.ones(ROW, dtype=np.float32)
+    seconds = sum(n * seconds_a_weight(BY_NAME[name], ggml, flat) for name, n in weights.items()) / threads
     return DryRun(
         tuple((path, place.file_size) for path, place in zip(paths, places, strict=True)),
         free,
@@ -103,11 +106,14 @@ def _parts(tensor: SourceTensor, types: Types) -> list[tuple[GgmlType, int]]:
     return [(group.type, len(group.experts) * tensor.n_in * tensor.n_out) for group in kind]
 
 
-def _seconds_a_weight(kind: GgmlType, ggml: Quantizer) -> float:
-    """Of one thread; a first call makes the tables that some types need."""
-    rows = np.random.default_rng(0).standard_normal((TRIED // 256, 256), dtype=np.float32)
-    flat = np.ones(256, dtype=np.float32)
-    ggml.quantize(kind, rows[:1], flat)
-    start = time.perf_counter()
-    ggml.quantize(kind, rows, flat)
-    return (time.perf_counter() - start) / TRIED
+def seconds_a_weight(kind: GgmlType, ggml: Quantizer, imatrix: npt.NDArray[np.float32] | None) -> float:
+    """Of one thread: CPU time, since what else runs now need not run then, and the least of several short trials."""
+    rows = np.random.default_rng(0).standard_normal((TRIED // ROW, ROW), dtype=np.float32)
+    # makes the tables that some types need
+    ggml.quantize(kind, rows[:1], imatrix)
+    found = []
+    for _ in range(TRIALS):
+        start = time.thread_time()
+        ggml.quantize(kind, rows, imatrix)
+        found.append(time.thread_time() - start)
+    return min(found) / TRIED

@@ -311,18 +311,18 @@ class _Cursor:
 
 def _walk(piece: bytes, most: int) -> tuple[int, int]:
     """(number, end) of the whole strings, at most ``most``, that ``piece`` begins with."""
-    at = done = group = 0
+    at = done = 0
     try:
         # the inner loop is what the largest vocabulary, or a hostile file, takes its time in
-        for done in range(0, most, 64):
-            group = at
-            for _ in range(min(64, most - done)):
-                at += 8 + _LENGTH(piece, at)[0]
-        if at <= len(piece):
-            return most, at
+        while done < most:
+            end, n = at, min(64, most - done)
+            for _ in range(n):
+                end += 8 + _LENGTH(piece, end)[0]
+            if end > len(piece):
+                break
+            at, done = end, done + n
     except (struct.error, OverflowError):
         pass
-    at = group
     while done < most and at + 8 <= len(piece) and (end := at + 8 + _LENGTH(piece, at)[0]) <= len(piece):
         done, at = done + 1, end
     return done, at

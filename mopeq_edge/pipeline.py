@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mopeq_edge.artifacts import digest
+from mopeq_edge.calibrate.statistics import Routing
 from mopeq_edge.dry_run import DryRun, dry_run
 from mopeq_edge.emit import emit, planned_files
 from mopeq_edge.emit_parts import emit_on
@@ -27,7 +27,7 @@ from mopeq_edge.pipeline_context import open_header as open_header
 from mopeq_edge.plan.artifact import PER_EXPERT, STOCK, Plan, write_plan
 from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.forecast import Forecast, forecast
-from mopeq_edge.plan.make import make_plan, require_budget
+from mopeq_edge.plan.make import Planner, require_budget
 from mopeq_edge.plan.options import PlanOptions
 from mopeq_edge.plan.per_expert import expert_stacks
 from mopeq_edge.sensitivity.pricing import Statistics, require_scores
@@ -46,14 +46,32 @@ def run_sensitivity(
     types: tuple[GgmlType, ...],
     quantize_with: str,
     sample_rows: SampleRows,
+    *,
+    rows_only: bool = False,
 ) -> SensitivityTable:
-    """The sensitivity stage; ``calibrated`` None measures without an imatrix."""
-    inputs = [context.source_sha256, calibrated.made_from if calibrated else NO_IMATRIX]
+    """The sensitivity stage; ``calibrated`` None measures without an imatrix.
+
+    With ``rows_only`` nothing but the measured rows is read, not even for a hash: sizes and times of its files then
+    name the source.
+    """
+    inputs = [
+        context.source_stamp if rows_only else context.source_sha256,
+        calibrated.made_from if calibrated else NO_IMATRIX,
+    ]
     if (padding := expert_padding(context.source)) is not None:
         inputs.append(f"padded to {padding.padded}")
     if calibrated is not None and calibrated.statistics.traces is not None:
         inputs.append(calibrated.statistics.traces.made_from)
-    made_from = digest(["sensitivity 4", *inputs, sorted(t.name for t in types), quantize_with, sample_rows])
+    made_from = digest(
+        [
+            "sensitivity 4",
+            *inputs,
+            sorted(t.name for t in types),
+            quantize_with,
+            sample_rows,
+            *(["rows only"] if rows_only else []),
+        ]
+    )
     stage, name = f"sensitivity-{quantize_with}", f"sensitivity-{quantize_with}.safetensors"
     if not context.work.has(stage, made_from):
         table = measure_sensitivity(
@@ -63,6 +81,7 @@ def run_sensitivity(
             quantize_with,
             context.engine or LocalEngine(context.threads, load_ggml()),
             sample_rows=sample_rows,
+            rows_only=rows_only,
             made_from=made_from,
             progress=context.progress,
         )
@@ -84,52 +103,36 @@ def check_budget(context: Context, request: CalibrationRequest, budget: Budget |
     require_budget(context.source, kvs, budget, options)
 
 
-def run_plan(
-    context: Context, table: SensitivityTable, statistics: Statistics, budget: Budget | None, options: PlanOptions
-) -> Plan:
+def planner_of(context: Context, table: SensitivityTable, statistics: Statistics, options: PlanOptions) -> Planner:
+    """Makes plans of the source. Raises :class:`CalibrationError` for a score that lacks its statistics."""
+    require_scores([options.sensitivity], statistics)
+    kvs = _kvs(context, statistics, table.quantized_with, 0, Provenance())
+    return Planner(context.source, table, kvs, options)
+
+
+def run_plan(context: Context, planner: Planner, budget: Budget | None) -> Plan:
     """The plan stage: seconds, so it always runs. Leaves plan.json."""
-    plan = plan_only(context, table, statistics, budget, options)
+    plan = planner.plan(budget)
     write_plan(plan, context.work.file("plan.json"))
     return plan
 
 
-def plan_only(
-    context: Context,
-    table: SensitivityTable,
-    statistics: Statistics,
-    budget: Budget | None,
-    options: PlanOptions,
-    stock: Plan | None = None,
-) -> Plan:
-    """The plan, without leaving it in the work directory; ``stock``: see :func:`make_plan`."""
-    require_scores([options.sensitivity], statistics)
-    kvs = _kvs(context, statistics, table.quantized_with, 0, Provenance())
-    return make_plan(context.source, table, kvs, budget, options, stock)
-
-
-def run_forecast(
-    context: Context,
-    table: SensitivityTable,
-    statistics: Statistics,
-    budget: Budget | None,
-    options: PlanOptions,
-    plan: Plan,
-) -> Forecast | None:
+def run_forecast(planner: Planner, routing: Routing | None, budget: Budget | None, plan: Plan) -> Forecast | None:
     """What the other layout would make of the same budget; None for the paper's map, which has one layout.
 
     Also None for a budget that the other layout's files just miss.
     """
+    options = planner.options
     if options.precision_map is not None:
         return None
-    other = replace(options, layout=STOCK if plan.layout == PER_EXPERT else PER_EXPERT)
     try:
-        compared = plan_only(context, table, statistics, budget, other, plan if plan.layout == STOCK else None)
+        compared = planner.plan(budget, STOCK if plan.layout == PER_EXPERT else PER_EXPERT, proven=False)
     except PlanError:
         # of several files the other layout's may be one more, and its header over a budget at the minimum
         if options.split_bytes is None:
             raise
         return None
-    return forecast(expert_stacks(context.source), table, statistics.routing, plan, compared)
+    return forecast(expert_stacks(planner.source), planner.table, routing, plan, compared)
 
 
 def run_emit(
@@ -265,11 +268,14 @@ def _kvs(context: Context, statistics: Statistics, kind: str, file_type: int, pr
     return output_kvs(context.source.kvs, file_type, statistics.imatrix(kind), IMATRIX_NAME, provenance)
 
 
-def load_sensitivity(work: WorkDirectory) -> SensitivityTable:
-    """The finished sensitivity stage that knows most. Raises :class:`PlanError` if there is none."""
+def load_sensitivity(work: WorkDirectory, choose: Callable[[Sequence[str]], str] | None = None) -> SensitivityTable:
+    """The finished sensitivity stage that knows most; ``choose``: see :func:`read_table`.
+
+    Raises :class:`PlanError` if there is none.
+    """
     for kind in (GRADIENT, ACTIVATION, NO_IMATRIX):
         if work.files(f"sensitivity-{kind}"):
-            return read_table(work.file(f"sensitivity-{kind}.safetensors"))
+            return read_table(work.file(f"sensitivity-{kind}.safetensors"), choose)
     raise PlanError(f"{work.path}: has no finished sensitivity; run mopeq-edge sensitivity first")
 
 

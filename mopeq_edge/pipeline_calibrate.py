@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mopeq_edge.artifacts import digest, file_digest, read_json, write_json
 from mopeq_edge.calibrate.modalities import (
@@ -20,12 +21,14 @@ from mopeq_edge.errors import CalibrationError, FormatError
 from mopeq_edge.imatrix import NO_IMATRIX, Imatrix, open_imatrix, read_imatrix, split_stacks, write_imatrix
 from mopeq_edge.pipeline_context import Context as Context
 from mopeq_edge.pipeline_context import open_context as open_context
-from mopeq_edge.pipeline_pictures import Eyes, PicturesRequest, open_eyes, see_pictures
 from mopeq_edge.progress import Progress
 from mopeq_edge.sensitivity.pricing import Statistics, require_scores
 from mopeq_edge.sensitivity.scores import NEEDS_TRACES
 from mopeq_edge.source.model import Source
 from mopeq_edge.workdir import WorkDirectory
+
+if TYPE_CHECKING:
+    from mopeq_edge.pipeline_pictures import Eyes, PicturesRequest
 
 ACTIVATION_FILE, GRADIENT_FILE, ROUTING_FILE = "imatrix.gguf", "gradient.gguf", "routing.safetensors"
 TRACE_FILE = "trace.safetensors"
@@ -97,6 +100,8 @@ def _check_pictures(context: Context, request: CalibrationRequest, pictures: Pic
             raise CalibrationError(
                 f"{pictures.directory}: --images does not go with {option}: {why}; leave out one of them"
             )
+    from mopeq_edge.pipeline_pictures import open_eyes
+
     open_eyes(context, pictures)
 
 
@@ -128,6 +133,8 @@ def _run_with_pictures(
     context: Context, request: CalibrationRequest, pictures: PicturesRequest, text_from: str
 ) -> Calibrated:
     """Two stages: what was measured keeps both kinds of tokens apart, and another weight only adds them up again."""
+    from mopeq_edge.pipeline_pictures import open_eyes
+
     eyes = open_eyes(context, pictures)
     measured_from = digest(["modalities 1", text_from, eyes.made_from(context.source_sha256)])
     work, path = context.work, context.work.file(MODALITIES_FILE)
@@ -152,6 +159,7 @@ def _calibrate_mixed(
     from mopeq_edge.calibrate.run import calibrate_mixed
     from mopeq_edge.calibrate.tokens import token_windows
     from mopeq_edge.calibrate.windows import text_windows
+    from mopeq_edge.pipeline_pictures import see_pictures
 
     source = eyes.source
     texts = text_windows(token_windows(source.kvs, request.text, request.n_ctx, request.chunks))

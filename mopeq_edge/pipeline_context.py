@@ -11,13 +11,13 @@ from tempfile import TemporaryDirectory
 from mopeq_edge.artifacts import digest
 from mopeq_edge.engine.interface import Engine
 from mopeq_edge.progress import Progress
-from mopeq_edge.source.described import read_description, stamp, write_description
+from mopeq_edge.source.described import read_description, stamp, stamp_of_files, write_description
 from mopeq_edge.source.digests import Digests
 from mopeq_edge.source.model import Source
 from mopeq_edge.source.remote import ModelURL
 from mopeq_edge.workdir import WorkDirectory
 
-HASHES, DESCRIPTION = "hashes.json", "source.json"
+HASHES, DESCRIPTION = "hashes.json", "description.gguf"
 CODE = tuple(Path(__file__).parents[1] / folder for folder in ("converters", "mopeq_edge/source"))
 """Folders of the code that reads names, shapes and key-values."""
 
@@ -51,6 +51,12 @@ class Context:
         digests = Digests(self.work.file(HASHES))
         content = self.content or digests.of_source(self.source, threads=self.threads, progress=self.progress)
         # another model of the same files: what was measured or written without its further blocks must not serve it
+        return digest(["with MTP", content]) if self.keep_mtp else content
+
+    @cached_property
+    def source_stamp(self) -> str:
+        """Names the source by names, sizes, times and inodes of its files, for what reads few of its weights."""
+        content = self.content or stamp_of_files(self.source.files)
         return digest(["with MTP", content]) if self.keep_mtp else content
 
     @property

@@ -14,12 +14,10 @@ from mopeq_edge.memory.predict import predict
 from mopeq_edge.memory.repack import this_cpu
 from mopeq_edge.memory.settings import Settings
 from mopeq_edge.memory.tower import LEFT_BYTES, TowerMemory
-from mopeq_edge.pipeline import Context, plan_only
+from mopeq_edge.pipeline import Context
 from mopeq_edge.plan.artifact import Plan, write_plan
 from mopeq_edge.plan.budget import Budget
-from mopeq_edge.plan.options import PlanOptions
-from mopeq_edge.sensitivity.pricing import Statistics
-from mopeq_edge.sensitivity.table import SensitivityTable
+from mopeq_edge.plan.make import Planner
 from mopeq_edge.units import format_bytes
 
 MOST_PLANS = 4
@@ -93,13 +91,7 @@ def first_budget(context: Context, request: FitsRequest) -> Budget:
     return Budget(nbytes=found.budget)
 
 
-def run_plan_that_fits(
-    context: Context,
-    table: SensitivityTable,
-    statistics: Statistics,
-    request: FitsRequest,
-    options: PlanOptions,
-) -> tuple[Plan, Fit, Budget]:
+def run_plan_that_fits(context: Context, planner: Planner, request: FitsRequest) -> tuple[Plan, Fit, Budget]:
     """The plan stage: the plan of the largest budget found whose file is predicted to fit. Leaves plan.json.
 
     The first budget allows for the types that need the largest buffers. What the plan's own types leave of that goes
@@ -108,7 +100,7 @@ def run_plan_that_fits(
     budget = first_budget(context, request)
     best: tuple[Plan, Fit, Budget] | None = None
     for _ in range(MOST_PLANS):
-        plan = plan_only(context, table, statistics, budget, options)
+        plan = planner.plan(budget)
         fit = _fit(plan, context, request)
         spare = request.limit - fit.text
         if spare >= 0 and (best is None or plan.damage < best[0].damage):

@@ -201,6 +201,17 @@ def test_strings_across_the_pieces_that_are_read(tmp_path: Path, monkeypatch: py
                 read_header(path)
 
 
+def test_a_piece_may_end_in_any_string_of_a_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strings are walked 64 at a time: also where the last of them lies across the end of what was read."""
+    texts = [f"{n:x}" * (n % 5) for n in range(400)]
+    path = tmp_path / "m.gguf"
+    path.write_bytes(layout({"texts": KV(ValueType.ARRAY, texts, ValueType.STRING), "last": uint32(7)}, []).header)
+    for piece in range(900, 2400):
+        monkeypatch.setattr(gguf_file, "_READ_BYTES", piece)
+        header = read_header(path)
+        assert (header.get("texts"), header.get("last")) == (texts, 7)
+
+
 def test_a_string_that_is_too_long_is_told_by_its_place(tmp_path: Path) -> None:
     for n in (0, 1, 63, 64, 200):
         raw = strings_header([b"abc"] * n + [b"x"])

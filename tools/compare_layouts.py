@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from mopeq_edge.pipeline import run_emit, run_plan
+from mopeq_edge.pipeline import planner_of, run_emit, run_plan
 from mopeq_edge.plan.artifact import PER_EXPERT, STOCK
 from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.candidates import FLOORS
@@ -31,7 +31,11 @@ def compare(model: Setup, budgets: tuple[float, ...]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"budget_gb": budget}
         for layout in (STOCK, PER_EXPERT):
             options = PlanOptions("fisher", model.types, FLOORS, layout)
-            plan = run_plan(model.context, model.table, model.calibrated.statistics, Budget(gb=budget), options)
+            plan = run_plan(
+                model.context,
+                planner_of(model.context, model.table, model.calibrated.statistics, options),
+                Budget(gb=budget),
+            )
             path = model.context.work.file(f"{layout}-{budget}.gguf")
             run_emit(model.context, plan, model.calibrated.statistics, path)
             experts = [t for t in plan.tensors if t.role == Role.EXPERT.value]

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from mopeq_edge.pipeline import run_emit, run_plan, run_sensitivity
+from mopeq_edge.pipeline import planner_of, run_emit, run_plan, run_sensitivity
 from mopeq_edge.plan.artifact import LAYOUTS
 from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.candidates import FLOORS
@@ -32,7 +32,7 @@ def compare(model: Setup, budgets: tuple[float, ...]) -> list[dict[str, Any]]:
             row: dict[str, Any] = {"budget_gb": budget, "layout": layout}
             for way in (NEVER, ALWAYS, AUTO):
                 options = PlanOptions("fisher", model.types, FLOORS, layout, pad_experts=way)
-                plan = run_plan(context, table, statistics, Budget(gb=budget), options)
+                plan = run_plan(context, planner_of(context, table, statistics, options), Budget(gb=budget))
                 if way == AUTO:
                     row[way] = NEVER if plan.expert_padding is None else ALWAYS
                     continue

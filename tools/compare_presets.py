@@ -13,7 +13,7 @@ import click
 
 from mopeq_edge.cli.console import available_threads, console_progress, print_json
 from mopeq_edge.imatrix import ACTIVATION, GRADIENT
-from mopeq_edge.pipeline import imatrix_file, open_context, run_emit, run_plan, source_gguf
+from mopeq_edge.pipeline import imatrix_file, open_context, planner_of, run_emit, run_plan, source_gguf
 from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.candidates import FLOORS
 from mopeq_edge.plan.options import PlanOptions
@@ -37,7 +37,9 @@ def compare(model: Setup, presets: tuple[str, ...]) -> list[dict[str, Any]]:
             theirs[kind] = numbers(model, path)
         budget = Budget(gb=min(found["bytes"] for found in theirs.values()) / GB)
         options = PlanOptions("fisher", model.types, FLOORS)
-        plan = run_plan(model.context, model.table, model.calibrated.statistics, budget, options)
+        plan = run_plan(
+            model.context, planner_of(model.context, model.table, model.calibrated.statistics, options), budget
+        )
         ours: dict[str, Any] = {}
         for kind in (ACTIVATION, GRADIENT):
             path = work.file(f"ours-{preset}-{kind}.gguf")

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from mopeq_edge.ggml.types import GgmlType
-from mopeq_edge.pipeline import run_emit, run_plan, run_sensitivity
+from mopeq_edge.pipeline import planner_of, run_emit, run_plan, run_sensitivity
 from mopeq_edge.plan.artifact import PER_EXPERT, STOCK, Plan
 from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.candidates import FLOORS
@@ -23,8 +23,9 @@ from mopeq_edge.study.setup import Setup
 from tools.measured import comparison_options, numbers, print_comparison
 
 BUDGETS_GB = (0.0066, 0.0075, 0.0085)
-ROWS = (16, 32)
-"""Fixed numbers of rows; ``auto`` begins with 16 and measures tensors as small as the bundled model's whole."""
+SAMPLES = ((16, False), (32, False), (16, True), (32, True))
+"""Fixed numbers of rows, and whether no others are read; ``auto`` begins with 16 and measures tensors as small as the
+bundled model's whole."""
 
 
 def damage_by(table: SensitivityTable, plan: Plan) -> float:
@@ -41,40 +42,43 @@ def damage_by(table: SensitivityTable, plan: Plan) -> float:
 
 
 def compare(model: Setup, budgets: tuple[float, ...]) -> list[dict[str, Any]]:
-    """One row a budget, layout and number of rows."""
+    """One row a budget, layout and sample."""
     context, statistics = model.context, model.calibrated.statistics
     kind = model.table.quantized_with
-    sampled = {n: run_sensitivity(context, model.calibrated, model.types, kind, n) for n in ROWS}
-    tables = {None: model.table} | {n: table.fitting(context.source.tensors) for n, table in sampled.items()}
+    tables = {None: model.table}
+    for n, only in SAMPLES:
+        table = run_sensitivity(context, model.calibrated, model.types, kind, n, rows_only=only)
+        tables[n, only] = table.fitting(context.source.tensors)
     rows = []
     for budget in budgets:
         for layout in (STOCK, PER_EXPERT):
             found = {}
-            for n, table in tables.items():
+            for sample, table in tables.items():
                 options = PlanOptions(FISHER, model.types, FLOORS, layout)
-                plan = run_plan(context, table, statistics, Budget(gb=budget), options)
-                path = context.work.file(f"rows-{n}-{layout}-{budget}.gguf")
+                plan = run_plan(context, planner_of(context, table, statistics, options), Budget(gb=budget))
+                path = context.work.file(f"rows-{layout}-{budget}.gguf")
                 run_emit(context, plan, statistics, path)
-                found[n] = {"damage": damage_by(model.table, plan), **numbers(model, path)}
+                found[sample] = {"damage": damage_by(model.table, plan), **numbers(model, path)}
                 path.unlink()
-            for n in ROWS:
-                error = tables[n].relative_error(FISHER)
-                row = {"budget_gb": budget, "layout": layout, "rows": n, "relative_error": error}
-                rows.append({**row, "all": found[None], "sampled": found[n]})
+            for n, only in SAMPLES:
+                error = tables[n, only].relative_error(FISHER)
+                row = {"budget_gb": budget, "layout": layout, "rows": n, "rows_only": only, "relative_error": error}
+                rows.append({**row, "all": found[None], "sampled": found[n, only]})
     return rows
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table; ratios are sampled over all rows."""
     lines = [
-        "| budget, GB | layout | rows | standard error of a tensor's damage, at most | damage, ratio "
+        "| budget, GB | layout | rows | rows read | standard error of a tensor's damage, at most | damage, ratio "
         "| mean KLD, all rows | sampled | ratio |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         a, b = row["all"], row["sampled"]
         lines.append(
-            f"| {row['budget_gb']} | {row['layout']} | {row['rows']} | {row['relative_error']:.3f} "
+            f"| {row['budget_gb']} | {row['layout']} | {row['rows']} | {'those' if row['rows_only'] else 'all'} "
+            f"| {row['relative_error']:.3f} "
             f"| {b['damage'] / a['damage']:.4f} | {a['kld_mean_nats']:.5f} | {b['kld_mean_nats']:.5f} "
             f"| {b['kld_mean_nats'] / a['kld_mean_nats']:.3f} |"
         )

@@ -17,7 +17,7 @@ import click
 from mopeq_edge.cli.console import console_progress, json_option, print_json
 from mopeq_edge.cli.study import ROWS
 from mopeq_edge.ggml.types import BY_NAME
-from mopeq_edge.pipeline import Context, load_sensitivity, open_context, plan_only, run_forecast
+from mopeq_edge.pipeline import Context, load_sensitivity, open_context, planner_of, run_forecast
 from mopeq_edge.pipeline_calibrate import load_statistics
 from mopeq_edge.plan.artifact import KNAPSACK, PER_EXPERT, STOCK
 from mopeq_edge.plan.budget import Budget
@@ -67,8 +67,9 @@ def compare(name: str, context: Context, rows: Sequence[Row]) -> list[Compared]:
             continue
         stock, per_expert = planned[score, STOCK], planned[score, PER_EXPERT]
         options, budget = PlanOptions(score, types, FLOORS), Budget(gb=budget_bytes / GB)
-        plan = plan_only(context, table, statistics, budget, options)
-        forecast = run_forecast(context, table, statistics, budget, options, plan)
+        planner = planner_of(context, table, statistics, options)
+        plan = planner.plan(budget)
+        forecast = run_forecast(planner, statistics.routing, budget, plan)
         assert forecast is not None, "the knapsack has both layouts"
         found.append(
             Compared(

@@ -253,6 +253,12 @@ measure_options = _stack(
 )
 sensitivity_options = _stack(
     _sample_rows,
+    click.option(
+        "--rows-only",
+        is_flag=True,
+        help="Read no rows but those that --sample-rows measures: minutes for hundreds of GB, and larger "
+        "errors from the same rows. S(e) of --sensitivity mopeq is then an estimate too.",
+    ),
     _quantize_with(
         ("auto", "activation", "gradient", "none"),
         "Imatrix that weighs the quantizer; none needs no calibration, for --sensitivity weight-mse or mopeq.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,8 +132,11 @@ def sensitivity(model: Path | ModelURL, **given: Any) -> None:
     from mopeq_edge.pipeline import run_sensitivity
     from mopeq_edge.pipeline_calibrate import load_calibrated
     from mopeq_edge.plan.candidates import parse_types
+    from mopeq_edge.sensitivity.sample import share_read
     from mopeq_edge.sensitivity.scores import UNITS
 
+    if given["rows_only"] and given["sample_rows"] is None:
+        raise click.UsageError("--rows-only with --sample-rows all: all rows are to be measured; leave out one of them")
     with (
         console_progress() as progress,
         alone(options.work_directory(given["work_dir"], model)),
@@ -143,17 +147,23 @@ def sensitivity(model: Path | ModelURL, **given: Any) -> None:
         calibrated = load_calibrated(context, kind)
         if kind == "auto" and calibrated is not None:
             kind = calibrated.statistics.richest
-        table = run_sensitivity(context, calibrated, parse_types(given["types"]), kind, given["sample_rows"])
+        types, sample, rows_only = parse_types(given["types"]), given["sample_rows"], given["rows_only"]
+        table = run_sensitivity(context, calibrated, types, kind, sample, rows_only=rows_only)
+        matrices = [tensor for tensor in context.source.tensors if tensor.quantizable]
+        share = share_read(matrices, sample) if rows_only else 1.0
     errors = {score: table.relative_error(score) for score in table.scores}
     file = context.work.file(f"sensitivity-{kind}.safetensors")
     if given["as_json"]:
-        print_json({"file": str(file), "quantized_with": kind, "relative_sampling_error": errors})
+        found = {"file": str(file), "quantized_with": kind, "relative_sampling_error": errors}
+        print_json({**found, "rows_only": rows_only, "share_of_weights_read": share})
         return
     rows = [
         ("file", str(file)),
         ("quantized with", "no imatrix" if calibrated is None else f"{kind} imatrix"),
         ("tensors", str(len(table.errors))),
     ]
+    if rows_only:
+        rows.append(("rows", f"{100 * share:.2g} % of the weights were read; norms are estimates"))
     rows += [(score, f"{UNITS[score]}; sampling error at most {100 * e:.2f} %") for score, e in errors.items()]
     print_table(rows_table(f"sensitivity of {model}", rows))
 
@@ -186,37 +196,38 @@ def plan(model: Path | ModelURL, **given: Any) -> None:
     from mopeq_edge.alone import alone
     from mopeq_edge.atomic import atomic_write
     from mopeq_edge.cli.console import console_progress, print_json, print_table
-    from mopeq_edge.pipeline import load_sensitivity, run_forecast, run_plan
+    from mopeq_edge.pipeline import load_sensitivity, planner_of, run_forecast, run_plan
     from mopeq_edge.pipeline_calibrate import load_calibrated
-    from mopeq_edge.pipeline_fits import run_plan_that_fits
     from mopeq_edge.plan.artifact import tensor_type_lines, write_plan
     from mopeq_edge.plan.options import for_llama_quantize
     from mopeq_edge.sensitivity.pricing import Statistics
-    from mopeq_edge.sensitivity.scores import BEST
+    from mopeq_edge.sensitivity.scores import best_score
 
     budget, fits, request = options.budget(given), options.fits_request(given), options.plan_request(given)
     if given["tensor_type_file"] is not None:
         request = for_llama_quantize(request)
     with console_progress() as progress, alone(options.work_directory(given["work_dir"], model)):
         context = _described(model, given, progress)
-        table = load_sensitivity(context.work)
+        table = load_sensitivity(context.work, partial(best_score, asked=request.sensitivity))
         calibrated = load_calibrated(context, table.quantized_with, entries=False)
         statistics = Statistics() if calibrated is None else calibrated.statistics
         if calibrated is None:
             progress.note("note: planned by the weights alone; what calibrate measures makes better plans")
-        if request.sensitivity == "auto":
-            request = replace(request, sensitivity=next(s for s in BEST if s in table.scores))
+        request = replace(request, sensitivity=best_score(table.scores, request.sensitivity))
         tower, beside = _beside(context, given)
         if fits is not None:
             fits = replace(fits, tower=tower, beside=beside)
         if budget is not None:
             budget = replace(budget, beside=(*(tower.files if tower is not None else ()), *beside))
         fit: Fit | None = None
+        planner = planner_of(context, table, statistics, request)
         if fits is None:
-            made = run_plan(context, table, statistics, budget, request)
+            made = run_plan(context, planner, budget)
         else:
-            made, fit, budget = run_plan_that_fits(context, table, statistics, fits, request)
-        comparison = run_forecast(context, table, statistics, budget, request, made)
+            from mopeq_edge.pipeline_fits import run_plan_that_fits
+
+            made, fit, budget = run_plan_that_fits(context, planner, fits)
+        comparison = run_forecast(planner, statistics.routing, budget, made)
     if given["output"] is not None:
         write_plan(made, given["output"])
     if given["tensor_type_file"] is not None:

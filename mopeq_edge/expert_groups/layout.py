@@ -60,10 +60,13 @@ def groups_of(types: Sequence[GgmlType]) -> GgmlType | Grouping:
     One type for all is that type: such a stack is written as stock. Raises :class:`FormatError` for more than
     :data:`MAX_GROUPS` types.
     """
-    kinds = sorted(set(types), key=lambda kind: (kind.bpw, kind.name))
+    experts: dict[GgmlType, list[int]] = {}
+    for expert, kind in enumerate(types):
+        experts.setdefault(kind, []).append(expert)
+    kinds = sorted(experts, key=lambda kind: (kind.bpw, kind.name))
     if len(kinds) == 1:
         return kinds[0]
-    groups = tuple(ExpertGroup(kind, tuple(e for e, own in enumerate(types) if own is kind)) for kind in kinds)
+    groups = tuple(ExpertGroup(kind, tuple(experts[kind])) for kind in kinds)
     if len(groups) > MAX_GROUPS:
         names = ", ".join(kind.name for kind in kinds)
         raise FormatError(f"a stack of {len(groups)} types ({names}), expected at most {MAX_GROUPS}")

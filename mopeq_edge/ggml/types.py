@@ -19,9 +19,9 @@ WIDE: frozenset[str] = frozenset({"F32", "BF16"})
 """Types for weights beyond it. MXFP4 and NVFP4 stay finite, but have no digits left for a row of such spread."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GgmlType:
-    """One tensor type: ``block_size`` weights take ``type_size`` bytes."""
+    """One tensor type: ``block_size`` weights take ``type_size`` bytes. There is one object of each."""
 
     id: int
     name: str

@@ -6,14 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import onnx
-from onnx import TensorProto, shape_inference
+from typing import TYPE_CHECKING, Any
 
 from mopeq_edge.device_files import DeviceFile, device_files, total_bytes
 from mopeq_edge.vision.description import KEY, read_description
-from mopeq_edge.vision.graph_file import read_graph
+
+if TYPE_CHECKING:
+    import onnx
 
 PYTHON_BYTES = 144_000_000
 """Python, onnxruntime and what it is run with; measured (docs/vision.md)."""
@@ -28,7 +27,8 @@ second plan of them."""
 _VIEWS = ("Reshape", "Identity", "Squeeze", "Unsqueeze", "Flatten")
 """Operators whose output lies where their input is."""
 
-_SIZES = {TensorProto.FLOAT: 4, TensorProto.FLOAT16: 2, TensorProto.INT8: 1, TensorProto.INT64: 8, TensorProto.BOOL: 1}
+_SIZES = {1: 4, 10: 2, 3: 1, 7: 8, 9: 1}
+"""Bytes of FLOAT, FLOAT16, INT8, INT64 and BOOL, by the numbers that onnx's format gives them."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,9 @@ class TowerMemory:
 
 def tower_of_file(path: Path) -> TowerMemory:
     """What the vision file ``path`` takes; its weights are not read. Raises :class:`MopeqError` for another file."""
+    # every plan needs what is above, few have pictures, and onnx takes a tenth of a second to import
+    from mopeq_edge.vision.graph_file import read_graph
+
     files = device_files(path)
     graph = read_graph(path)
     return tower_memory(graph.model, read_description(graph.metadata.get(KEY), str(path)).weights_type, files)
@@ -58,6 +61,8 @@ def tower_memory(graph: onnx.ModelProto, kind: str, files: tuple[DeviceFile, ...
 
 def work_bytes(model: onnx.ModelProto) -> int:
     """The most bytes of results that are alive at once when the nodes run in their order, constants left out."""
+    from onnx import shape_inference
+
     inferred = shape_inference.infer_shapes(model, data_prop=True).graph
     sizes = {value.name: _nbytes(value.type.tensor_type) for value in (*inferred.value_info, *inferred.output)}
     constants = {tensor.name for tensor in inferred.initializer} | {value.name for value in inferred.input}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -92,13 +93,21 @@ def candidates(
     if not tensor.quantizable:
         return (tensor.type,)
     floor = floors.get(tensor.role, 0.0)
+    return _fitting(tensor.type, tensor.n_in, tuple(types), has_imatrix=has_imatrix, floor=floor, largest=largest)
+
+
+@lru_cache
+def _fitting(
+    own: GgmlType, n_in: int, types: tuple[GgmlType, ...], *, has_imatrix: bool, floor: float, largest: float
+) -> tuple[GgmlType, ...]:
+    """The same for rows of ``n_in`` numbers: layers are alike, so it is asked for a few kinds of tensors."""
     fitting = [
         t
         for t in types
-        if t.fits(tensor.n_in)
+        if t.fits(n_in)
         and t.bpw >= floor
-        and t.bpw < tensor.type.bpw
+        and t.bpw < own.bpw
         and t.holds(largest)
         and (has_imatrix or t.name not in NEEDS_IMATRIX)
     ]
-    return (*sorted(fitting, key=lambda t: (t.bpw, t.name)), tensor.type)
+    return (*sorted(fitting, key=lambda t: (t.bpw, t.name)), own)

@@ -7,9 +7,9 @@ import math
 import numpy as np
 
 from mopeq_edge.expert_groups.layout import MAX_GROUPS
-from mopeq_edge.plan.menu_problem import Menus, Problem, two_least
+from mopeq_edge.plan.hull import Doubles, Ints, two_least
+from mopeq_edge.plan.menu_problem import Menus, Problem
 from mopeq_edge.plan.menu_search import least_of_stacks
-from mopeq_edge.plan.path import Doubles, Ints
 
 MOST_SUMS = 10**8
 """Sums that the search through all menus of a stack makes, at most: rows times menus."""

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mopeq_edge.expert_groups.layout import MAX_GROUPS
-from mopeq_edge.plan.path import NEVER, Doubles, Ints, Path
+from mopeq_edge.plan.hull import NEVER, Doubles, Ints, two_least
+from mopeq_edge.plan.path import Path
 
 Menus = npt.NDArray[np.bool_]
 """[n_stacks, n_types]: the types that a stack may use."""
@@ -51,24 +52,34 @@ class Problem:
         Tensors of one matrix may use anything.
         """
         value = self._in_bytes(price)
-        n_types, n = value.shape
-        stack, rows = self.stack, np.arange(n)
-        menus: Menus = np.zeros((len(self.grouped), n_types), dtype=bool)
+        stack, (n_stacks, n_types) = self.stack, (len(self.grouped), len(value))
+        menus: Menus = np.zeros((n_stacks, n_types), dtype=bool)
         menus[stack, value.argmin(axis=0)] = True
-        value[~menus.T[:, stack]] = np.inf
-        lost = np.zeros(menus.shape)
+        # none but these can be in a menu from here on
+        kinds = np.flatnonzero(menus.any(axis=0))
+        own = menus[:, kinds]
+        value = np.where(own.T[:, stack], value[kinds], np.float32(np.inf))
+        least, first, second = two_least(value)
+        lost, rows = np.zeros(own.shape), np.arange(len(stack))
+        changed = np.ones(n_stacks, dtype=bool)
         while True:
-            changed, starts = np.unique(stack[rows], return_index=True)
-            lost[changed] = _lost(value[:, rows] if len(rows) < n else value, starts)
-            size = menus.sum(axis=1)
-            net = np.where(menus & self.grouped[:, None], lost - self.spared(size), np.inf)
+            place = stack[rows] * len(kinds) + first[rows]
+            lost[changed] = np.bincount(place, (second - least)[rows], own.size).reshape(own.shape)[changed]
+            size = own.sum(axis=1)
+            may_go = own & self.grouped[:, None] & (size > 1)[:, None]
+            net = np.where(may_go, lost - self.spared(size)[:, kinds], np.inf)
             worst = net.argmin(axis=1)
-            drop = ((net.min(axis=1) < 0) | (size > MAX_GROUPS)) & self.grouped & (size > 1)
-            if not drop.any():
+            changed = np.isfinite(net.min(axis=1)) & ((net.min(axis=1) < 0) | (size > MAX_GROUPS))
+            if not changed.any():
+                menus[:, kinds] = own
                 return menus | ~self.grouped[:, None]
-            menus[drop, worst[drop]] = False
-            rows = np.flatnonzero(drop[stack])
-            value[worst[stack[rows]], rows] = np.inf
+            own[changed, worst[changed]] = False
+            rows = np.flatnonzero(changed[stack])
+            gone = worst[stack[rows]]
+            # the others keep their first and second choice
+            moved = rows[value[gone, rows] <= second[rows]]
+            value[gone, rows] = np.inf
+            least[moved], first[moved], second[moved] = two_least(value[:, moved])
 
     def _in_bytes(self, price: float) -> npt.NDArray[np.float32]:
         """[n_types, n]: what every option is worth in bytes at ``price``; digits enough to choose menus by."""
@@ -83,12 +94,12 @@ class Problem:
 
     @cached_property
     def _by_type(self) -> tuple[Doubles, Doubles]:
-        return np.ascontiguousarray(self.costs.T, dtype=np.float64), np.ascontiguousarray(self.damages.T)
+        return np.ascontiguousarray(self.costs.T, dtype=np.float64), self.damages.T
 
     def within(self, menus: Menus) -> Path:
         """The knapsack with the types of ``menus`` only."""
-        allowed = menus[self.stack]
-        return Path(np.where(allowed, self.costs, NEVER), np.where(allowed, self.damages, np.inf))
+        allowed = menus.T[:, self.stack]
+        return Path(np.where(allowed, self.costs.T, NEVER).T, np.where(allowed, self.damages.T, np.inf).T)
 
     def spared(self, size: Ints) -> Ints:
         """[n_stacks, n_types] bytes that a stack of ``size`` groups saves by doing without one of them."""
@@ -106,26 +117,3 @@ class Problem:
         every: Menus = np.zeros((len(self.grouped), self.costs.shape[1]), dtype=bool)
         np.logical_or.at(every, self.stack, np.isfinite(self.damages))
         return every
-
-
-def two_least(value: Doubles) -> tuple[Doubles, Ints, Doubles]:
-    """[n] each, of ``value`` [n_types, n]: the least, which it is, and the second least (infinity for none)."""
-    least, first, second = value[0].copy(), np.zeros(value.shape[1], dtype=np.int64), np.full(value.shape[1], np.inf)
-    for kind, own in enumerate(value[1:], 1):
-        better = own < least
-        np.minimum(second, np.maximum(least, own), out=second)
-        first[better] = kind
-        np.minimum(least, own, out=least)
-    return least, first, second
-
-
-def _lost(value: npt.NDArray[np.float32], starts: Ints) -> Doubles:
-    """[n_stacks, n_types]: what the rows of each stack lose without a type; ``starts`` are the first of its rows."""
-    least, second = value[0].copy(), np.full(value.shape[1], np.inf, dtype=np.float32)
-    for own in value[1:]:
-        np.minimum(second, np.maximum(least, own), out=second)
-        np.minimum(least, own, out=least)
-    second -= least
-    mine = np.where(value == least, second, np.float32(0))
-    lost: Doubles = np.add.reduceat(mine, starts, axis=1, dtype=np.float64).T
-    return lost

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mopeq_edge.expert_groups.layout import MAX_GROUPS
-from mopeq_edge.plan.path import Doubles, Ints
+from mopeq_edge.plan.hull import Doubles, Ints
 
 Flags = npt.NDArray[np.bool_]
 

@@ -15,7 +15,7 @@ from mopeq_edge.plan.path import MANY, Path
 PRICES_AN_OCTAVE, FEW_AN_OCTAVE = 16, 4
 """Prices that menus are made for, and those of a problem of more than :data:`MANY` rows."""
 MOST_PRICES = 1600
-NEAR = 1.0
+NEAR = 0.5
 """Octaves on either side of the price where the budget cuts the path that a problem of many rows looks at."""
 
 
@@ -45,12 +45,10 @@ class Series:
         Even without groups no budget has less damage than its point on the path. From where that is ``damage`` on,
         none may be left out, or the damage could rise with the budget.
         """
-        whole = self._whole
-        left = whole.start_damage - np.cumsum(whole.saved)
-        crossed = int(np.searchsorted(-left, -damage * (1 - 1e-9)))
-        if crossed >= len(left):
+        rate = self._whole.rate_to(damage * (1 - 1e-9))
+        if rate is None:
             return range(0)
-        reach = self.near(float(whole.rate[crossed])).stop
+        reach = self.near(rate).stop
         return range(looked_at.stop, max(reach, looked_at.stop))
 
     def menus(self, numbers: range) -> Iterator[Menus]:
@@ -69,8 +67,8 @@ class Series:
 
 def _octaves(whole: Path, an_octave: int) -> list[float]:
     """Logarithms (base 2) of prices over the range of the path's rates, rising."""
-    if not len(whole.rate):
+    if whole.rates is None:
         return [0.0]
-    low, high = (an_octave * math.log2(float(r)) for r in (whole.rate[-1], whole.rate[0]))
+    low, high = (an_octave * math.log2(rate) for rate in whole.rates)
     step = max(1.0, (high - low) / MOST_PRICES)
     return [(low + index * step) / an_octave for index in range(int((high - low) / step) + 2)]

@@ -19,34 +19,44 @@ from mopeq_edge.plan.menu_series import Series
 from mopeq_edge.plan.path import Chosen, Path
 
 
-def solve_menus(problem: Problem, budget: int, spare: int = 0) -> tuple[Chosen | None, float]:
-    """The least damage found within ``budget`` bytes (None where no menus fit it) and a lower bound of it.
+class MenuKnapsack:
+    """``problem`` for any number of budgets: what does not depend on them is worked out once."""
 
-    The bound holds for budgets of ``spare`` bytes more, too.
-    """
-    whole = Path(problem.costs, problem.damages)
-    series, price = Series(problem, whole), whole.rate_at(budget)
-    priced = Priced(problem, price)
-    looked_at = series.near(price)
-    best = _best_of(problem, series.menus(looked_at), priced, budget, None)
-    if best is None:
-        best = _best_of(problem, series.menus(series.near(0)), priced, budget, None)
-    while best is not None and (missing := series.missing(best.chosen.damage, looked_at)):
-        looked_at = range(looked_at.start, missing.stop)
-        best = _best_of(problem, series.menus(missing), priced, budget, best)
-    bounds = [priced] if best is None or best.price == price else [priced, Priced(problem, best.price)]
-    known = None if best is None else (best.menus, best.chosen.damage)
-    bound = max(0.0, *(own.lower_bound(budget + spare, known) for own in bounds))
-    return None if best is None else best.chosen, bound
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._whole = Path(problem.costs, problem.damages)
+        self._series = Series(problem, self._whole)
+
+    def solve(self, budget: int, spare: int = 0, *, proven: bool = True) -> tuple[Chosen | None, float | None]:
+        """The least damage found within ``budget`` bytes (None where no menus fit it) and a lower bound of it.
+
+        The bound holds for budgets of ``spare`` bytes more, too; it is None unless it is to be ``proven``, which can
+        take as long as all the rest.
+        """
+        problem, series, price = self._problem, self._series, self._whole.rate_at(budget)
+        priced = Priced(problem, price)
+        looked_at = series.near(price)
+        best = _best_of(problem, series.menus(looked_at), priced, budget, None)
+        if best is None:
+            best = _best_of(problem, series.menus(series.near(0)), priced, budget, None)
+        while best is not None and (missing := series.missing(best.chosen.damage, looked_at)):
+            looked_at = range(looked_at.start, missing.stop)
+            best = _best_of(problem, series.menus(missing), priced, budget, best)
+        if not proven:
+            return None if best is None else best.chosen, None
+        if best is None:
+            return None, max(0.0, priced.lower_bound(budget + spare, None))
+        # the price of a byte within the menus, which knows what groups cost, leads to the sharper bound
+        bound = Priced(problem, best.chosen.rate).lower_bound(budget + spare, (best.menus, best.chosen.damage))
+        return best.chosen, max(0.0, bound)
 
 
 @dataclass(frozen=True)
 class _Best:
-    """What was ``chosen`` within ``menus``, and the ``price`` of a byte there."""
+    """What was ``chosen`` within ``menus``."""
 
     chosen: Chosen
     menus: Menus
-    price: float
 
 
 def _best_of(problem: Problem, every: Iterable[Menus], priced: Priced, budget: int, best: _Best | None) -> _Best | None:
@@ -63,8 +73,7 @@ def _best_of(problem: Problem, every: Iterable[Menus], priced: Priced, budget: i
         if not is_sharp:
             heapq.heappush(waiting, (priced.least(found[at]) - priced.price * rooms[at], True, at))
             continue
-        path = problem.within(found[at])
-        chosen = path.solve(rooms[at])
+        chosen = problem.within(found[at]).solve(rooms[at])
         if chosen is not None and (best is None or chosen.damage < best.chosen.damage):
-            best = _Best(chosen, found[at], path.rate_at(rooms[at]))
+            best = _Best(chosen, found[at])
     return best

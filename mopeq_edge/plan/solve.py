@@ -19,7 +19,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mopeq_edge.errors import PlanError
-from mopeq_edge.plan.path import NEVER, Doubles, Path
+from mopeq_edge.plan.hull import NEVER, Doubles
+from mopeq_edge.plan.path import Path
 
 MOST_GROUPS = 500
 """Groups that HiGHS is asked about, at most: it takes seconds for them. Always, so that damage never rises with the

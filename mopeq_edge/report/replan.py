@@ -16,7 +16,7 @@ from mopeq_edge.gguf_file import KV, GGUFHeader
 from mopeq_edge.plan.artifact import KNAPSACK, PER_EXPERT, STOCK, Plan
 from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.candidates import FLOORS
-from mopeq_edge.plan.make import make_plan, size_range
+from mopeq_edge.plan.make import Planner, size_range
 from mopeq_edge.plan.options import NEVER, PlanOptions
 from mopeq_edge.progress import Progress
 from mopeq_edge.sensitivity.table import SensitivityTable
@@ -89,23 +89,22 @@ def replan(plan: Plan, table: SensitivityTable, header: GGUFHeader, n_points: in
     source = planned_source(plan, table, header)
     types = tuple(BY_NAME[name] for name in plan.types)
 
-    def options(layout: str) -> PlanOptions:
-        return PlanOptions(plan.sensitivity, types, FLOORS, layout, pad_experts=NEVER)
-
-    smallest, largest = size_range(source, source.kvs, options(STOCK), has_imatrix=True)
+    options = PlanOptions(plan.sensitivity, types, FLOORS, pad_experts=NEVER)
+    planner = Planner(source, table, source.kvs, options)
+    smallest, largest = size_range(source, source.kvs, options, has_imatrix=True)
     largest = max(min(largest, int(WIDEST * plan.file_bytes)), smallest)
     budgets = sorted({int(b) for b in np.geomspace(smallest, largest, n_points)})
     points: list[Point] = []
     with progress.step("Planning other sizes", 2 * len(budgets) + 1) as step:
         for layout in (STOCK, PER_EXPERT):
             for budget in budgets:
-                made = make_plan(source, table, source.kvs, Budget(nbytes=budget), options(layout))
+                made = planner.plan(Budget(nbytes=budget), layout, proven=False)
                 points.append(Point(layout, made.file_bytes, made.damage))
                 step.advance()
         same = plan.planner == KNAPSACK and plan.budget_bytes is not None
         if same:
             try:
-                again = make_plan(source, table, source.kvs, Budget(nbytes=plan.budget_bytes), options(plan.layout))
+                again = planner.plan(Budget(nbytes=plan.budget_bytes), plan.layout, proven=False)
                 same = again.damage <= plan.damage * (1 + 1e-9)
             except PlanError:
                 # lower floors allow smaller files than these

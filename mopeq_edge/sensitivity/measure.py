@@ -1,7 +1,7 @@
 """Quantize every expert to every candidate type, compare with the weights, price the error.
 
 A matrix is read once, in pieces: for its norm, its largest weight, and what scores make of its weights. The rows to
-measure are kept of it, and quantized at the end.
+measure are kept of it, and quantized at the end. Where only the rows to measure are read, the norm is an estimate too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mopeq_edge.sensitivity.sample import (
     with_pooled,
 )
 from mopeq_edge.sensitivity.scores import Doubles, Pricing
-from mopeq_edge.source.model import Floats, Source, SourceTensor, magnitude
+from mopeq_edge.source.model import Floats, Source, SourceTensor, magnitude, read_rows
 
 ROWS_AT_ONCE = 2**21
 """Weights that one piece of work holds as float32, at most (one row at least)."""
@@ -201,6 +201,8 @@ class Measuring:
         """A matrix by some of its rows."""
         tensor, wanted = self._tensor, self._rows
         drawn = drawn_rows(tensor.n_out, wanted.most, seed=tensor.n_out + self._first + matrix)
+        if wanted.only:
+            return self._from_rows_alone(matrix, drawn)
         sample = np.empty((len(drawn), tensor.n_in), dtype=np.float32)
         weighed = [np.empty(tensor.n_out) for _ in self._weighings.each]
         square = largest = 0.0
@@ -215,8 +217,19 @@ class Measuring:
             for which, x in enumerate(weighed):
                 numbers = np.arange(piece.start, piece.stop)
                 x[piece] = self._weighings.each[which][matrix].row_weights(w, numbers)
-        damage, variance = self._estimated(matrix, sample, drawn, weighed, wanted, largest)
+        totals = [float(x.sum()) for x in weighed]
+        damage, variance = self._estimated(matrix, sample, drawn, [x[drawn] for x in weighed], totals, largest)
         return _Piece(square, largest, damage, variance)
+
+    def _from_rows_alone(self, matrix: int, drawn: npt.NDArray[np.int64]) -> _Piece:
+        """A matrix of which nothing but the rows ``drawn`` is read; its norm is told by theirs."""
+        order = np.argsort(drawn)
+        sample = np.empty((len(drawn), self._tensor.n_in), dtype=np.float32)
+        sample[order] = read_rows(self._source, self._tensor, matrix, drawn[order])
+        largest = magnitude(sample)
+        known, total = [np.ones(len(drawn))] * len(self._weighings.each), [np.inf] * len(self._weighings.each)
+        damage, variance = self._estimated(matrix, sample, drawn, known, total, largest)
+        return _Piece(_square(sample) * self._tensor.n_out / len(drawn), largest, damage, variance)
 
     def _estimated(
         self,
@@ -224,10 +237,14 @@ class Measuring:
         sample: Floats,
         drawn: npt.NDArray[np.int64],
         weighed: Sequence[Doubles],
-        wanted: Rows,
+        totals: Sequence[float],
         largest: float,
     ) -> tuple[Doubles, Doubles]:
-        """(damage, variance) [n_weighings, n_types] from the first rows, and from more where they say too little."""
+        """(damage, variance) [n_weighings, n_types] from the first rows, and from more where they say too little.
+
+        ``weighed`` is what each weighing makes of the weights in the rows ``drawn``, ``totals`` of those in all rows.
+        """
+        wanted = self._rows
         shape = (len(weighed), len(self._types))
         damage, variance = np.zeros(shape), np.zeros(shape)
         lossy = self._lossy(largest)
@@ -237,8 +254,8 @@ class Measuring:
             more = self._damage(kind, sample[start:stop], matrix, drawn[start:stop])
             before = by_type.get(index)
             by_type[index] = more if before is None else [np.append(a, b) for a, b in zip(before, more, strict=True)]
-            for which, (d, x) in enumerate(zip(by_type[index], weighed, strict=True)):
-                found = estimate(d, x[drawn[: len(d)]], float(x.sum()), self._tensor.n_out)
+            for which, (d, x, total) in enumerate(zip(by_type[index], weighed, totals, strict=True)):
+                found = estimate(d, x[: len(d)], total, self._tensor.n_out)
                 damage[which, index], variance[which, index] = found
 
         def extend_all(jobs: list[tuple[int, GgmlType, int, int]]) -> None:
@@ -290,9 +307,10 @@ def measure_tensor(
     pool: ThreadPoolExecutor,
     *,
     sample_rows: SampleRows = None,
+    rows_only: bool = False,
 ) -> TensorErrors:
     """Errors of ``tensor`` for ``types`` by score; see :class:`Measuring`."""
-    rows = rows_to_measure(tensor, sample_rows)
+    rows = rows_to_measure(tensor, sample_rows, only=rows_only)
     started = Measuring(source, tensor, types, pricings, imatrix, ggml, pool, rows=rows)
     return Measured.joined([started.result()]).priced(pricings)
 

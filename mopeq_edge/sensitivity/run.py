@@ -44,6 +44,7 @@ def measure_sensitivity(
     engine: Engine,
     *,
     sample_rows: SampleRows,
+    rows_only: bool = False,
     made_from: str,
     progress: Progress,
 ) -> SensitivityTable:
@@ -53,7 +54,8 @@ def measure_sensitivity(
     Floors do not apply here, so one table serves every choice of floors. ``sample_rows`` says how many rows are
     measured of each matrix (:mod:`~mopeq_edge.sensitivity.sample`). A type that does not hold the largest weight of a
     tensor, of all its rows, is left out for it. Where experts can be padded, the types that only padded rows take are
-    measured as well. Every weight is read once. The table does not depend on ``engine``.
+    measured as well. Every weight is read once, with ``rows_only`` those of the measured rows alone, so that no other
+    row's largest weight is known. The table does not depend on ``engine``.
     """
     padding = expert_padding(source)
     imatrix = statistics.imatrix(quantize_with)
@@ -70,7 +72,7 @@ def measure_sensitivity(
             # the norms of a layer, and so the factors of some scores, are known at the end
             weighings = pricings(tensor, statistics, [1.0] * tensor.n_matrices)
             prices = {name: each[part.first : part.stop] for name, each in weighings.items()}
-            rows = rows_to_measure(tensor, sample_rows)
+            rows = rows_to_measure(tensor, sample_rows, only=rows_only)
             yield Measurement(part, tuple(chosen), prices, part.imatrix(imatrix), padded.n_in, rows)
 
     found: dict[int, Measured] = {}
@@ -85,7 +87,7 @@ def measure_sensitivity(
     }
     unrouted = imatrix.unrouted if imatrix is not None else ()
     scores = tuple(score for score in statistics.available() if score not in DERIVED)
-    return SensitivityTable(errors, mopeq, scores, quantize_with, unrouted, sample_rows, made_from)
+    return SensitivityTable(errors, mopeq, scores, quantize_with, unrouted, sample_rows, made_from, rows_only)
 
 
 def measure_part(source: Source, task: Measurement, tools: Tools) -> Measured:

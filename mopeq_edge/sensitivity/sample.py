@@ -1,13 +1,16 @@
 """Which rows of a matrix are quantized for its damage, and what they say of all rows.
 
-Every row is read anyway, so what a score makes of its weights themselves, x_i = sum_j columns_j w_ij^2, is known of
-all. A row's damage d_i is nearly a fixed share of it, so the estimate is X sum_s d_i / sum_s x_i with X the sum over
+Every row is read for its norm, so what a score makes of its weights themselves, x_i = sum_j columns_j w_ij^2, is known
+of all. A row's damage d_i is nearly a fixed share of it, so the estimate is X sum_s d_i / sum_s x_i with X the sum over
 all rows (the ratio estimator), and its error is that of the residuals d_i - (D/X) x_i, not that of the damages
 (Cochran, Sampling Techniques, 6.3). It is biased by a share of its variance, which is small beside the standard error.
+Of a checkpoint that takes too long to read, the drawn rows alone can be read: the estimate is then their mean times the
+number of rows, with the larger error of that.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,22 +41,35 @@ SINGLE_MATRIX = 8
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a matrix that are measured: ``first``, and up to ``most`` until the relative error is ``error``."""
+    """Rows of a matrix that are measured: ``first``, and up to ``most`` until the relative error is ``error``.
+
+    ``only``: no others are read, so that nothing is known of these.
+    """
 
     first: int
     most: int
     error: float = 0.0
+    only: bool = False
 
 
-def rows_to_measure(tensor: SourceTensor, sample: SampleRows) -> Rows:
+def rows_to_measure(tensor: SourceTensor, sample: SampleRows, *, only: bool = False) -> Rows:
     """Of every matrix of ``tensor``."""
     every = tensor.n_out
     if sample is None or (sample == AUTO and tensor.n_weights <= WHOLE):
         return Rows(every, every)
     times = SINGLE_MATRIX if tensor.n_matrices == 1 else 1
     if sample == AUTO:
-        return Rows(min(times * FIRST_ROWS, every), min(times * MOST_ROWS, every), ERROR)
-    return Rows(min(times * sample, every), min(times * sample, every))
+        return Rows(min(times * FIRST_ROWS, every), min(times * MOST_ROWS, every), ERROR, only)
+    return Rows(min(times * sample, every), min(times * sample, every), only=only)
+
+
+def share_read(tensors: Iterable[SourceTensor], sample: SampleRows) -> float:
+    """Weights in the rows that are read where no others are, over all weights of ``tensors``."""
+    read = total = 0
+    for tensor in tensors:
+        read += tensor.n_in * tensor.n_matrices * rows_to_measure(tensor, sample, only=True).most
+        total += tensor.n_weights
+    return read / total if total else 1.0
 
 
 def drawn_rows(n_out: int, n: int, seed: int) -> npt.NDArray[np.int64]:

@@ -36,7 +36,7 @@ the loss when errors favour no direction. Matrices that are no experts are price
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +62,9 @@ SCORES: tuple[str, ...] = tuple(UNITS)
 
 BEST: tuple[str, ...] = (FISHER_TRACE, FISHER, IMATRIX, WEIGHT_MSE)
 """What to plan by: the first of these that the statistics allow (docs/study.md)."""
+
+AUTO = "auto"
+"""Asks for the best of the scores that there are."""
 
 NEEDS_GRADIENT: frozenset[str] = frozenset({FISHER, TRACE, FISHER_TRACE})
 NEEDS_ROUTING: frozenset[str] = frozenset({FISHER, IMATRIX, FREQUENCY, HYBRID, TRACE, FISHER_TRACE})
@@ -103,6 +106,11 @@ class Pricing:
         else:
             weights = np.einsum("ij,j->i", squared, self.columns.astype(np.float32)).astype(np.float64)
         return weights if self.rows is None else weights * self.rows[rows]
+
+
+def best_score(scores: Collection[str], asked: str) -> str:
+    """``asked``, or for :data:`AUTO` the first of :data:`BEST` among ``scores``."""
+    return next((score for score in BEST if score in scores), WEIGHT_MSE) if asked == AUTO else asked
 
 
 def mopeq_score(norms: Mapping[str, float], n_weights: Mapping[str, int]) -> float:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mopeq_edge.array_file import read_arrays, refusing, write_arrays
+from mopeq_edge.array_file import read_arrays, read_info, refusing, write_arrays
 from mopeq_edge.errors import PlanError
 from mopeq_edge.ggml.types import BY_NAME
 from mopeq_edge.json_file import Check, is_count, is_texts, require
 from mopeq_edge.sensitivity.combine import with_fisher_trace
 from mopeq_edge.sensitivity.measure import TensorErrors
 from mopeq_edge.sensitivity.sample import AUTO, SampleRows
-from mopeq_edge.sensitivity.scores import FISHER_TRACE, Doubles
+from mopeq_edge.sensitivity.scores import FISHER, FISHER_TRACE, TRACE, Doubles
 from mopeq_edge.source.model import SourceTensor
 
 FORMAT, VERSION = "mopeq-edge sensitivity", "1"
@@ -38,6 +38,8 @@ class SensitivityTable:
     unrouted: tuple[str, ...]
     sample_rows: SampleRows
     made_from: str
+    rows_only: bool = False
+    """Whether no rows but those were read: then norms are estimates, and so are the largest weights."""
 
     def require(self, name: str, score: str) -> TensorErrors:
         """Errors of the tensor ``name``. Raises :class:`PlanError` if it has no damage by ``score``."""
@@ -81,20 +83,29 @@ def write_table(table: SensitivityTable, path: Path) -> None:
         "scores": list(table.scores),
         "types": {name: list(errors.types) for name, errors in table.errors.items()},
         "unrouted": list(table.unrouted),
+        **({"rows_only": True} if table.rows_only else {}),
     }
     write_arrays(path, FORMAT, VERSION, info, arrays)
 
 
-def read_table(path: Path) -> SensitivityTable:
+def read_table(path: Path, choose: Callable[[Sequence[str]], str] | None = None) -> SensitivityTable:
     """Read what :func:`write_table` wrote, and add ``fisher-trace``, which follows from it.
 
-    Raises :class:`FormatError` for anything else.
+    ``choose`` is given the scores that there are, and damages by the one that it returns are read alone: in a fifth of
+    the time. Raises :class:`FormatError` for anything else.
     """
     again = "run sensitivity again"
-    info, arrays = read_arrays(path, FORMAT, VERSION, again)
+    info = read_info(path, FORMAT, VERSION, again)
     with refusing(path, FORMAT, again):
-        require(info, _INFO)
+        require({"rows_only": False, **info}, _INFO)
         scores = tuple(info["scores"])
+    if choose is not None:
+        wanted = choose((*scores, FISHER_TRACE) if {FISHER, TRACE} <= set(scores) else scores)
+        parts = {FISHER, TRACE} if wanted == FISHER_TRACE else {wanted}
+        scores = tuple(score for score in scores if score in parts)
+    left_out = tuple(f"{kind}/{s}/" for kind in ("damage", "variance") for s in {*info["scores"]} - {*scores})
+    _, arrays = read_arrays(path, FORMAT, VERSION, again, only=lambda key: not key.startswith(left_out))
+    with refusing(path, FORMAT, again):
         plain = {name: _tensor_errors(name, types, scores, arrays) for name, types in info["types"].items()}
         layers = sorted(int(key.split("/")[1]) for key in arrays if key.startswith("mopeq/"))
         mopeq = {layer: arrays[f"mopeq/{layer}"] for layer in layers}
@@ -104,7 +115,14 @@ def read_table(path: Path) -> SensitivityTable:
     if all(FISHER_TRACE in own.damage for own in errors.values()):
         scores += (FISHER_TRACE,)
     return SensitivityTable(
-        errors, mopeq, scores, info["quantized_with"], tuple(info["unrouted"]), info["sample_rows"], info["made_from"]
+        errors,
+        mopeq,
+        scores,
+        info["quantized_with"],
+        tuple(info["unrouted"]),
+        info["sample_rows"],
+        info["made_from"],
+        info.get("rows_only", False),
     )
 
 
@@ -112,6 +130,7 @@ _INFO: dict[str, Check] = {
     "made_from": lambda value: isinstance(value, str),
     "quantized_with": lambda value: isinstance(value, str),
     "sample_rows": lambda value: value is None or value == AUTO or is_count(value),
+    "rows_only": lambda value: isinstance(value, bool),
     "scores": is_texts,
     "types": lambda value: isinstance(value, dict) and all(is_texts(names) and names for names in value.values()),
     "unrouted": is_texts,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from enum import Enum
+from functools import cache
 
 
 class Role(str, Enum):
@@ -42,12 +43,14 @@ _RULES: tuple[tuple[Role, re.Pattern[str]], ...] = (
 )
 
 
+@cache
 def layer_of(name: str) -> int | None:
     """The block number in ``blk.N.…``, or None outside the blocks."""
     match = _LAYER.match(name)
     return int(match[1]) if match else None
 
 
+@cache
 def role_of(name: str) -> Role:
     """The role of the tensor called ``name``."""
     rest = _LAYER.sub("", name)
@@ -57,6 +60,7 @@ def role_of(name: str) -> Role:
     return Role.OTHER
 
 
+@cache
 def projection_of(name: str) -> str | None:
     """``gate``, ``up``, ``down`` or ``gate_up`` for an expert stack's weight, else None."""
     match = _EXPERT.match(name)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from mopeq_edge.artifacts import digest
 from mopeq_edge.errors import PlanError
-from mopeq_edge.pipeline import plan_only
+from mopeq_edge.pipeline import planner_of
 from mopeq_edge.plan.artifact import KNAPSACK, LAYOUTS, MOPEQ, STOCK, Plan
 from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.candidates import FLOORS
@@ -116,7 +116,7 @@ def _plan(setup: Setup, budget: Budget, sensitivity: str, planner: str, layout: 
     options = PlanOptions(
         sensitivity, setup.types, FLOORS, layout, MapOptions() if planner == MOPEQ else None, pad_experts=NEVER
     )
-    return plan_only(setup.context, setup.table, setup.calibrated.statistics, budget, options)
+    return planner_of(setup.context, setup.table, setup.calibrated.statistics, options).plan(budget)
 
 
 def _planned(setup: Setup, budget: Budget, sensitivity: str, planner: str, layout: str, base: Plan) -> Iterator[Case]:

@@ -6,7 +6,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from mopeq_edge.cli import options
+from mopeq_edge.cli import cli, options
 
 
 @click.command()
@@ -29,3 +29,9 @@ def test_anything_else_is_refused(given: str) -> None:
     done = CliRunner().invoke(shown, ["--sample-rows", given])
     assert done.exit_code == 2
     assert f"'{given}' is neither auto, all nor a number from 2" in done.output
+
+
+def test_rows_alone_are_not_all_rows() -> None:
+    done = CliRunner().invoke(cli, ["sensitivity", "model", "--rows-only", "--sample-rows", "all"])
+    assert done.exit_code == 2
+    assert "--rows-only with --sample-rows all: all rows are to be measured; leave out one of them" in done.output

@@ -42,7 +42,7 @@ def row(first: str) -> str:
         (pipeline_calibrate.BY_KIND_FILE, pipeline_calibrate.BY_KIND_FORMAT, pipeline_calibrate.BY_KIND_VERSION),
         (pipeline_calibrate.TRACE_FILE, traces.FORMAT, traces.VERSION),
         ("sensitivity-KIND.safetensors", sensitivity.FORMAT, sensitivity.VERSION),
-        ("source.json", described.FORMAT, described.VERSION),
+        ("description.gguf", described.FORMAT, described.VERSION),
         ("plan.json", plan.FORMAT, plan.VERSION),
         ("imatrix-choice.json", convert.CHOICE_FORMAT, convert.VERSION),
         ("validation.json", convert.VALIDATION_FORMAT, convert.VERSION),

@@ -11,12 +11,14 @@ import pytest
 
 from mopeq_edge.expert_groups.layout import MAX_GROUPS
 from mopeq_edge.ggml.types import BF16
-from mopeq_edge.plan import menu_bounds, menu_series, solve
+from mopeq_edge.plan import menu_bounds, menu_series, path, per_expert, prepared, solve
 from mopeq_edge.plan.budget import Budget
 from mopeq_edge.plan.candidates import FLOORS, parse_types
-from mopeq_edge.plan.make import make_plan, size_range
+from mopeq_edge.plan.hull import NEVER
+from mopeq_edge.plan.make import Planner, make_plan, size_range
 from mopeq_edge.plan.menu_search import least_of_stacks
 from mopeq_edge.plan.options import PlanOptions
+from mopeq_edge.plan.path import Path
 from mopeq_edge.plan.solve import Group
 from mopeq_edge.source.model import SourceTensor
 
@@ -94,12 +96,55 @@ def test_many_groups_are_solved_exactly_too(seed: int, monkeypatch: pytest.Monke
         assert found.damage == pytest.approx(by_highs.damage, rel=1e-9)
 
 
-def test_a_known_stock_plan_saves_its_making() -> None:
+def test_one_planner_makes_what_single_plans_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Budgets and layouts in any order; what does not depend on them is worked out once."""
     source = MemorySource(STACKS)
-    options = PlanOptions("fisher", parse_types("k"), FLOORS, "per-expert")
+    options = PlanOptions("fisher", parse_types("k"), FLOORS)
     damages = table(source, options.types, ("fisher",))
-    budget = Budget(bpw=3.5)
-    stock = make_plan(source, damages, source.kvs, budget, replace(options, layout="stock"))
-    assert make_plan(source, damages, source.kvs, budget, options, stock) == make_plan(
-        source, damages, source.kvs, budget, options
-    )
+    asked = [(Budget(bpw=bpw), layout) for bpw in (4.5, 3.5, 4.0) for layout in ("per-expert", "stock")]
+    single = [make_plan(source, damages, source.kvs, b, replace(options, layout=layout)) for b, layout in asked]
+    calls: list[str] = []
+    for module, name in ((per_expert, "_problem"), (prepared, "solve")):
+        made = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, f=made, n=name: (calls.append(n), f(*args))[1])
+    planner = Planner(source, damages, source.kvs, options)
+    assert [planner.plan(budget, layout) for budget, layout in asked] == single
+    unproven = planner.plan(*asked[0], proven=False)
+    assert unproven == replace(single[0], gap=None) != single[0]
+    assert sorted(calls) == ["_problem", "solve", "solve", "solve"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_few_hulls_lead_to_the_same_cut_as_all(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of very different sizes, some alike, some with one option."""
+    rng = np.random.default_rng(seed)
+    n, n_options = 600, 6
+    widths = np.sort(rng.uniform(2, 9, n_options))
+    costs = (10 ** rng.uniform(2, 6, (n, 1)) * widths).astype(np.int64)
+    damages = 10 ** rng.uniform(-5, 0, (n, 1)) * 4.0**-widths * rng.uniform(0.5, 2, (n, n_options))
+    costs[50:100], damages[50:100] = costs[50], damages[50]
+    costs[100:120, 1:], damages[100:120, 1:] = NEVER, np.inf
+    # the core is solved in the same way by both, and not what is tested here
+    monkeypatch.setattr(path, "CORE", 6)
+    monkeypatch.setattr(path, "SMALL_CORE", 6)
+    every = Path(costs, damages)
+    budgets = [int(b) for b in np.geomspace(every.least_cost, 1.1 * every.end_cost, 15)]
+    wanted = [(every.solve(budget, exactly=False), every.rate_at(budget)) for budget in budgets]
+    targets = [chosen.damage * (1 - 1e-9) for chosen, _ in wanted if chosen is not None]
+    rates = [every.rate_to(target) for target in targets]
+    assert None in rates
+    assert any(rate is not None for rate in rates)
+    monkeypatch.setattr(path, "MANY", 100)
+    for few in (1, 20):
+        monkeypatch.setattr(path, "FEW", few)
+        narrowed = Path(costs, damages)
+        for budget, (chosen, rate) in zip(budgets, wanted, strict=True):
+            found = narrowed.solve(budget)
+            assert found is not None
+            assert chosen is not None
+            assert (found.cost, found.damage, found.rate) == (chosen.cost, chosen.damage, chosen.rate)
+            assert found.bound == pytest.approx(chosen.bound, rel=1e-12)
+            assert narrowed.rate_at(budget) == rate
+        assert [narrowed.rate_to(target) for target in targets] == rates
+        rows, _ = narrowed._around(lambda cost, _: cost <= budgets[7], 1e-9)
+        assert len(rows) < 120

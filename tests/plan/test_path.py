@@ -8,7 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from mopeq_edge.plan.path import NEVER, Chosen, Doubles, Ints, Path
+from mopeq_edge.plan.hull import NEVER, Doubles, Ints, hull_steps
+from mopeq_edge.plan.path import Chosen, Path
 
 CLOSE = 1e-9
 
@@ -114,3 +115,16 @@ def test_a_model_of_real_size() -> None:
         assert found is not None
         check(costs, damages, budget, found)
         assert (found.damage - found.bound) / found.damage < 1e-4
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_range_of_rates_without_the_steps(seed: int) -> None:
+    costs, damages = instance(np.random.default_rng(seed), 40, 5, sizes=6)
+    path = Path(costs, damages)
+    steps = hull_steps(costs, damages, path.start)
+    assert path.rates == (steps.rate[-1], steps.rate[0])
+    last = path.start.copy()
+    last[steps.row] = steps.to
+    assert (last == path.end).all()
+    single = Path(costs[:, :1] % NEVER, np.ones((40, 1)))
+    assert single.rates is None

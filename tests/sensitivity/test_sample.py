@@ -11,8 +11,18 @@ from mopeq_edge.ggml.library import load_ggml
 from mopeq_edge.ggml.types import BF16, BY_NAME, GgmlType
 from mopeq_edge.sensitivity import sample
 from mopeq_edge.sensitivity.measure import measure_tensor
-from mopeq_edge.sensitivity.sample import AUTO, Rows, dominated, drawn_rows, estimate, rows_needed, rows_to_measure
+from mopeq_edge.sensitivity.sample import (
+    AUTO,
+    Rows,
+    dominated,
+    drawn_rows,
+    estimate,
+    rows_needed,
+    rows_to_measure,
+    share_read,
+)
 from mopeq_edge.sensitivity.scores import Pricing
+from mopeq_edge.source import model
 from mopeq_edge.source.model import SourceTensor
 
 N_OUT, N_IN, N_EXPERT = 512, 256, 24
@@ -124,3 +134,60 @@ def test_a_type_is_dropped_only_for_one_of_no_more_bits_that_is_clearly_better()
     damage, variance = np.array([2.0, 1.0, 1.05, 9.0]), np.array([0.01, 0.01, 0.01, 0.01])
     # the first loses to the second; the third is too near to it; the last has the fewest bits
     assert dominated(bits, damage, variance).tolist() == [True, False, False, False]
+
+
+class Watched(Uneven):
+    """Remembers which rows were read of which expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, set[int]] = {}
+
+    def read(self, tensor: SourceTensor, matrix: int = 0, rows: slice | None = None) -> np.ndarray:
+        self.seen.setdefault(matrix, set()).update(range(N_OUT)[rows or slice(None)])
+        return super().read(tensor, matrix, rows)
+
+
+@pytest.mark.runtime
+def test_rows_only_reads_no_others_and_states_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same rows, and no more: a plain mean, whose error is larger and stated."""
+    monkeypatch.setattr(model, "SMALL_MATRIX", 0)
+    types = [*(BY_NAME[name] for name in ("Q2_K", "Q4_K")), BF16]
+    n, source = 24, Watched()
+    with ThreadPoolExecutor(2) as pool:
+        given = (STACK, types, prices(), None, load_ggml(), pool)
+        whole = measure_tensor(Uneven(), *given)  # type: ignore[arg-type]
+        ratio = measure_tensor(Uneven(), *given, sample_rows=n)  # type: ignore[arg-type]
+        found = measure_tensor(source, *given, sample_rows=n, rows_only=True)  # type: ignore[arg-type]
+    assert source.seen == {e: set(drawn_rows(N_OUT, n, seed=N_OUT + e).tolist()) for e in range(N_EXPERT)}
+    for score in whole.damage:
+        truth, stated = whole.damage[score][:-1], np.sqrt(found.variance[score][:-1])
+        off = np.abs(found.damage[score][:-1] - truth) / stated
+        # a mean of 24 rows of which some are far larger
+        assert (off < 2).mean() > 0.85
+        total = np.sqrt((stated**2).sum(axis=1))
+        assert (np.abs(found.damage[score][:-1].sum(axis=1) - truth.sum(axis=1)) < 3 * total).all()
+        assert found.variance[score][:-1].sum() > 1.5 * ratio.variance[score][:-1].sum()
+        by_hand = [_damage_by_hand(source.values[e], n, e, prices()[score][e]) for e in range(N_EXPERT)]
+        np.testing.assert_allclose(found.damage[score][0], by_hand, rtol=1e-5)
+    norms = [np.sqrt((source.values[e][sorted(source.seen[e])] ** 2).sum() * N_OUT / n) for e in range(N_EXPERT)]
+    np.testing.assert_allclose(found.norms, norms, rtol=1e-5)
+    np.testing.assert_allclose(found.norms, whole.norms, rtol=0.5)
+
+
+def _damage_by_hand(w: np.ndarray, n: int, expert: int, pricing: Pricing) -> float:
+    """Of Q2_K: the drawn rows' mean times the number of rows."""
+    rows = w[drawn_rows(N_OUT, n, seed=N_OUT + expert)]
+    kind, ggml = BY_NAME["Q2_K"], load_ggml()
+    squared = (ggml.dequantize(kind, ggml.quantize(kind, rows), N_IN) - rows) ** 2
+    columns = np.ones(N_IN) if pricing.columns is None else pricing.columns
+    return float(pricing.factor * (squared @ columns).mean() * N_OUT)
+
+
+def test_share_of_the_weights_that_are_read() -> None:
+    expert, matrix = SourceTensor("a", (256, 1024, 64), BF16), SourceTensor("b", (256, 2048), BF16)
+    small = SourceTensor("c", (256, 1024), BF16)
+    assert share_read([expert, matrix], 4) == (256 * 64 * 4 + 256 * 32) / (256 * 1024 * 64 + 256 * 2048)
+    assert share_read([small], AUTO) == 1
+    assert rows_to_measure(expert, 4, only=True) == Rows(4, 4, only=True)
+    assert not rows_to_measure(small, AUTO, only=True).only

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save
 
 from mopeq_edge.array_file import read_arrays, write_arrays
-from mopeq_edge.errors import FormatError
+from mopeq_edge.errors import FormatError, PlanError
 from mopeq_edge.sensitivity.measure import TensorErrors
 from mopeq_edge.sensitivity.table import FORMAT, VERSION, SensitivityTable, read_table, write_table
 
@@ -57,6 +57,17 @@ def test_what_goes_in_comes_out(tmp_path: Path) -> None:
         for score in table.scores:
             np.testing.assert_array_equal(back.errors[name].damage[score], errors.damage[score])
             np.testing.assert_array_equal(back.errors[name].variance[score], errors.variance[score])
+    asked: list[tuple[str, ...]] = []
+    one = read_table(tmp_path / "t", lambda scores: (asked.append(tuple(scores)), "mopeq")[1])
+    assert (asked, one.scores) == ([("imatrix", "mopeq")], ("mopeq",))
+    for name, errors in table.errors.items():
+        assert one.errors[name].damage.keys() == one.errors[name].variance.keys() == {"mopeq"}
+        np.testing.assert_array_equal(one.errors[name].damage["mopeq"], errors.damage["mopeq"])
+    with pytest.raises(PlanError, match="has no 'hybrid' damage"):
+        read_table(tmp_path / "t", lambda _: "hybrid").require("output.weight", "hybrid")
+    assert not back.rows_only
+    write_table(dataclasses.replace(table, rows_only=True), tmp_path / "t")
+    assert read_table(tmp_path / "t").rows_only
     whole = dataclasses.replace(table, sample_rows=None, unrouted=())
     write_table(whole, tmp_path / "t")
     assert (read_table(tmp_path / "t").sample_rows, read_table(tmp_path / "t").unrouted) == (None, ())

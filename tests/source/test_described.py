@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mopeq_edge.pipeline_context import DESCRIPTION, open_context, open_description
 from mopeq_edge.progress import SilentProgress
-from mopeq_edge.source.described import DescribedSource
+from mopeq_edge.source.described import KEY, DescribedSource
 from tools.sparse_checkpoint import Size, write_sparse_checkpoint
 
 SMALL = Size(n_layer=2, n_expert=8, hidden=256, ff=256, n_head=2, n_vocab=4200, sample_rows=2, shard_bytes=4 * 10**6)
@@ -23,7 +23,7 @@ def test_a_description_is_the_model_until_a_file_changes(tmp_path: Path) -> None
     assert isinstance(again, DescribedSource)
     for name in ("path", "kind", "architecture", "tensors", "warnings", "files"):
         assert getattr(again, name) == getattr(whole, name)
-    assert list(again.kvs.items()) == list(whole.kvs.items())
+    assert [(key, kv.encoded) for key, kv in again.kvs.items()] == [(key, kv.encoded) for key, kv in whole.kvs.items()]
     # no weight was read to plan
     assert not (work / "hashes.json").exists()
     content = open_context(model, work, **given).source_sha256
@@ -35,5 +35,13 @@ def test_a_description_is_the_model_until_a_file_changes(tmp_path: Path) -> None
         assert isinstance(open_description(model, work, **given).source, DescribedSource)
         change()
         assert not isinstance(open_description(model, work, **given).source, DescribedSource)
-    (work / DESCRIPTION).write_text("{}")
-    assert not isinstance(open_description(model, work, **given).source, DescribedSource)
+    open_description(model, work, **given)
+    kept = (work / DESCRIPTION).read_bytes()
+    for broken in (
+        b"{}",
+        kept[: len(kept) // 2],
+        kept.replace(KEY.encode(), b"x" * len(KEY)),
+        kept.replace(b'"kind"', b'"kin"'),
+    ):
+        (work / DESCRIPTION).write_bytes(broken)
+        assert not isinstance(open_description(model, work, **given).source, DescribedSource)

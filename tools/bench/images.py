@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from mopeq_edge.cli.console import print_json
-from mopeq_edge.pipeline import open_context, plan_only, run_sensitivity
+from mopeq_edge.pipeline import open_context, planner_of, run_sensitivity
 from mopeq_edge.pipeline_calibrate import CalibrationRequest, load_routing_by_kind, run_calibrate
 from mopeq_edge.pipeline_context import Context
 from mopeq_edge.pipeline_pictures import PicturesRequest
@@ -109,7 +109,7 @@ def measure(context: Context, clock: Clock, pictures: Path) -> dict[str, Any]:
         if name == "text":
             both = dict(clock.seconds)
         tables[name] = run_sensitivity(context, found, options.types, "gradient", None)
-        plans[name] = plan_only(context, tables[name], found.statistics, Budget(bpw=BPW), options)
+        plans[name] = planner_of(context, tables[name], found.statistics, options).plan(Budget(bpw=BPW))
     routing = load_routing_by_kind(context.work)
     assert routing is not None
     said = routing.as_dict()

@@ -1,7 +1,7 @@
 """Time and peak memory of a large checkpoint on one machine, by its weights alone: inspect, sensitivity, plan, dry run.
 
 The checkpoint is sparse (``tools.sparse_checkpoint``), 100 billion weights by default. ``--layers`` takes fewer:
-sensitivity reads all weights, so its time grows with them; what should not grow is memory.
+time grows with them; what should not grow is memory.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main(layers: int, experts: int, sample_rows: int, types: str, bpw: float, ke
         if not model.is_dir():
             write_sparse_checkpoint(model, Size(n_layer=layers, n_expert=experts, sample_rows=sample_rows))
         common = (*PRE, "--work-dir", str(work))
-        measured = ("--quantize-with", "none", "--sample-rows", str(sample_rows), "--types", types)
+        measured = ("--quantize-with", "none", "--rows-only", "--sample-rows", str(sample_rows), "--types", types)
         steps = {
             "inspect": ("inspect", str(model), *PRE),
             "sensitivity": ("sensitivity", str(model), *measured, *common),
