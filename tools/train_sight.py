@@ -33,6 +33,8 @@ from tools.train_moe import balance_loss
 
 MUON = 10
 """Muon's learning rate over AdamW's."""
+TOWER = 0.3
+"""Learning rate of the tower's matrices over that of the text model's, once both learn."""
 WARM_UP = 0.03
 """Share of the steps in which the learning rate rises."""
 BALANCE = 0.01
@@ -158,14 +160,20 @@ def accuracy(model: Sight, tokenizer: Tokenizer, count: int, *, fresh: bool) -> 
     return {**shares, "all": sum(every) / len(every)}
 
 
-def make_optimizers(named: Mapping[str, nn.Parameter], rate: float) -> tuple[torch.optim.Optimizer, ...]:
-    """Muon for matrices, with which the tower learns in a fifth of AdamW's steps; AdamW for all else."""
+def make_optimizers(named: Mapping[str, nn.Parameter], rate: float, tower: float) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon for matrices, with which the tower learns in a fifth of AdamW's steps; AdamW for all else. ``tower`` is the
+    rate of its matrices, and the projector's, over that of others.
+    """
     apart = ("embed_tokens", "lm_head", "mlp.gate.")
-    matrices = [value for name, value in named.items() if value.ndim == 2 and not any(part in name for part in apart)]
-    ids = {id(value) for value in matrices}
-    rest = [value for value in named.values() if id(value) not in ids]
+    matrices = {name: v for name, v in named.items() if v.ndim == 2 and not any(part in name for part in apart)}
+    text = {name for name in matrices if name.startswith("model.language.")}
+    groups = [
+        {"params": [matrices[name] for name in matrices if (name in text) == of_text], "lr": MUON * rate * share}
+        for of_text, share in ((True, 1.0), (False, tower))
+    ]
+    rest = [value for name, value in named.items() if name not in matrices]
     return (
-        torch.optim.Muon(matrices, lr=MUON * rate, weight_decay=0.01),
+        torch.optim.Muon(groups, weight_decay=0.01),
         torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True),
     )
 
@@ -175,7 +183,7 @@ def train(
 ) -> None:
     """``batches`` in turn; weights are kept in float32 and used in BF16. ``heard`` gets each step's losses."""
     named = dict(trained.named_parameters())
-    optimizers = make_optimizers(named, rate)
+    optimizers = make_optimizers(named, rate, 1.0 if tower_only else TOWER)
     highest = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     routers = [module for module in trained.modules() if isinstance(module, Moe)]
     loader = DataLoader(batches, batch_size=None, num_workers=1)
@@ -198,8 +206,8 @@ def train(
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--tower-steps", default=600, show_default=True, help="Batches for the tower alone, first.")
-@click.option("--steps", default=1200, show_default=True, help="Batches for the whole model.")
+@click.option("--tower-steps", default=450, show_default=True, help="Batches for the tower alone, first.")
+@click.option("--steps", default=1400, show_default=True, help="Batches for the whole model.")
 @click.option("--batch", default=24, show_default=True, help="Pictures of a batch.")
 @click.option("--rate", default=2e-3, show_default=True, help="Highest learning rate.")
 @click.option("--seed", default=0, show_default=True, help="Of weights and pictures.")
