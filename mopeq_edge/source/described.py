@@ -56,7 +56,9 @@ def stamp(model: Path, options: Iterable[object], code: Iterable[Path]) -> str:
     Of a directory all files count: one that joins it may change the key-values. ``model`` is there.
     """
     folders = [model, model / "additional_chat_templates"] if model.is_dir() else []
-    files = [path for folder in (*folders, *code) if folder.is_dir() for path in folder.iterdir()]
+    files = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
+    # bytecode beside it is written when a module is first used, and says nothing
+    files += [path for folder in code for path in folder.rglob("*.py")]
     found = [_of_file(path) for path in (sorted(files) if folders else [*sorted(files), model])]
     return digest([VERSION, _version_of("transformers"), [str(option) for option in options], found])
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mopeq_edge.pipeline_context import DESCRIPTION, open_context, open_description
 from mopeq_edge.progress import SilentProgress
-from mopeq_edge.source.described import KEY, DescribedSource
+from mopeq_edge.source.described import KEY, DescribedSource, stamp
 from tools.sparse_checkpoint import Size, write_sparse_checkpoint
 
 SMALL = Size(n_layer=2, n_expert=8, hidden=256, ff=256, n_head=2, n_vocab=4200, sample_rows=2, shard_bytes=4 * 10**6)
@@ -45,3 +45,18 @@ def test_a_description_is_the_model_until_a_file_changes(tmp_path: Path) -> None
     ):
         (work / DESCRIPTION).write_bytes(broken)
         assert not isinstance(open_description(model, work, **given).source, DescribedSource)
+
+
+def test_bytecode_changes_nothing_and_code_does(tmp_path: Path) -> None:
+    model, code = tmp_path / "model.gguf", tmp_path / "code"
+    (code / "inner").mkdir(parents=True)
+    for path in (model, code / "a.py", code / "inner" / "b.py"):
+        path.write_text("1")
+    first = stamp(model, [], [code])
+    (code / "__pycache__").mkdir()
+    (code / "__pycache__" / "a.pyc").touch()
+    assert stamp(model, [], [code]) == first
+    for path in (model, code / "a.py", code / "inner" / "b.py"):
+        changed = stamp(model, [], [code])
+        path.write_text("22")
+        assert stamp(model, [], [code]) != changed
