@@ -20,9 +20,18 @@ from converters.vision import find_family, write_vision
 from mopeq_edge.cli.console import console_progress, threads_option
 from mopeq_edge.errors import NoRoomError
 from mopeq_edge.ggml.types import GgmlType
-from mopeq_edge.gguf_file import read_header
+from mopeq_edge.gguf_file import TensorInfo, read_header
 from mopeq_edge.imatrix import ACTIVATION, NO_IMATRIX
-from mopeq_edge.pipeline import Context, imatrix_file, open_context, run_emit, run_plan, run_sensitivity, source_gguf
+from mopeq_edge.pipeline import (
+    Context,
+    imatrix_file,
+    open_context,
+    planner_of,
+    run_emit,
+    run_plan,
+    run_sensitivity,
+    source_gguf,
+)
 from mopeq_edge.pipeline_calibrate import CalibrationRequest, run_calibrate
 from mopeq_edge.pipeline_pictures import PicturesRequest
 from mopeq_edge.plan.artifact import PER_EXPERT, STOCK
@@ -95,14 +104,16 @@ def vision_file(context: Context, kind: str) -> Path:
 
 def expert_bits(gguf: Path) -> float:
     """Bits of all experts' matrices over their weights."""
-    own = [t for t in read_header(gguf).tensors if "_exps" in t.name and t.type.name != "I32"]
-    return 8 * sum(t.nbytes for t in own) / sum(t.n_weights for t in own)
+    return _bits([t for t in read_header(gguf).tensors if "_exps" in t.name and t.type.name != "I32"])
 
 
 def file_bits(gguf: Path) -> float:
     """The same of all tensors of the file."""
-    own = read_header(gguf).tensors
-    return 8 * sum(t.nbytes for t in own) / sum(t.n_weights for t in own)
+    return _bits(read_header(gguf).tensors)
+
+
+def _bits(tensors: Sequence[TensorInfo]) -> float:
+    return 8 * sum(t.nbytes for t in tensors) / sum(t.n_weights for t in tensors)
 
 
 def ours(calibrated: Calibrated, budget: Budget, floors: Mapping[Role, float], name: str) -> Iterator[tuple[str, Path]]:
@@ -111,7 +122,8 @@ def ours(calibrated: Calibrated, budget: Budget, floors: Mapping[Role, float], n
     for layout in LAYOUTS:
         options = PlanOptions(calibrated.score, calibrated.types, floors, layout)
         try:
-            plan = run_plan(context, calibrated.table, calibrated.statistics, budget, options)
+            planner = planner_of(context, calibrated.table, calibrated.statistics, options)
+            plan = run_plan(context, planner, budget)
         except NoRoomError:
             continue
         path = context.work.file(f"ours-{name}-{layout}.gguf")

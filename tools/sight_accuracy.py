@@ -95,6 +95,7 @@ def on_device(
 ) -> list[Answer]:
     """Answers of ``gguf`` to the questions of ``asked``; ``pictures`` are the embeddings of each."""
     found = []
+    end = read_header(gguf).get("tokenizer.ggml.eos_token_id")
     with (
         LlamaModel(gguf, n_ctx=512, n_threads=threads) as model,
         progress.step(gguf.name, len(asked)) as step,
@@ -102,7 +103,6 @@ def on_device(
         for case, picture in zip(asked, pictures, strict=True):
             for one in case.asked:
                 parts = lay_out(model, tower.description, one.question, [picture])
-                end = read_header(gguf).get("tokenizer.ggml.eos_token_id")
                 answer = np.append(model.tokenize(f" {one.answer}"), end).astype(np.int32)
                 # what is generated greedily is the answer if each of its tokens is the likeliest behind those before it
                 rows = model.mixed_logits([*parts, answer[:-1]], sum(map(len, parts)) - 1)
